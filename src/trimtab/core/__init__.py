@@ -1,0 +1,1 @@
+"""Pure maths on tensors and the exception tree: imports torch and nothing of trimtab's other rooms."""
