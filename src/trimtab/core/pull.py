@@ -1,0 +1,94 @@
+"""The pull of small experts on a strong model: the direction of each delta, and how far tuning moved the small model.
+
+One rule for impossible tokens, everywhere: only where strong, base and expert all give a token some mass is there a
+delta. A token that base or expert rule out has delta 0, so the strong model alone decides about it; a token that the
+strong model rules out stays ruled out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, linalg
+
+from trimtab.core.tilted import TiltedFamily, wide_type
+
+# Below this log-probability a token counts as ruled out: far below what float32 probabilities can hold, and it keeps
+# masks made of the lowest finite number (as common as -inf) from acting as opinions.
+RULED_OUT_NATS = -1e4
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Where experts pull the strong model at one position, and the divergences that tuning cost the small one.
+
+    family   rows [expert, batch]     the laws that each expert's delta alone can reach
+    forward  [target, expert, batch]  KL(expert || base) in nats: what KL(fused || strong) should become
+    reverse  [target, expert, batch]  KL(base || expert) in nats: what KL(strong || fused) should become
+
+    The axis `target` holds the several targets that one expert is asked to meet at once: its own only, or all experts'.
+    """
+
+    family: TiltedFamily
+    forward: Float[Tensor, "target expert batch"]
+    reverse: Float[Tensor, "target expert batch"]
+
+    def with_all_targets(self) -> "Pull":
+        """The same pull, every expert now asked to meet the targets of all: the paper's summed objective."""
+        count = self.forward.shape[1]
+        forward, reverse = (x[0].unsqueeze(1).expand(-1, count, -1) for x in (self.forward, self.reverse))
+        return Pull(self.family, forward, reverse)
+
+    def objective(self, alpha: Float[Tensor, "expert batch"]) -> Float[Tensor, "expert batch"]:
+        """The paper's objective of each expert alone at its alpha, summed over its targets; nats squared."""
+        moments = self.family.at(alpha)
+        return summed_objective(moments.kl_nats, moments.reverse_kl_nats, self.forward, self.reverse)
+
+
+def summed_objective(
+    kl_nats: Float[Tensor, "expert batch"],
+    reverse_kl_nats: Float[Tensor, "expert batch"],
+    forward: Float[Tensor, "target expert batch"],
+    reverse: Float[Tensor, "target expert batch"],
+) -> Float[Tensor, "expert batch"]:
+    """sum_t [KL(fused || strong) - KL(Q_t || Q)]^2 + [KL(strong || fused) - KL(Q || Q_t)]^2, for given divergences.
+
+    source    Fan et al. 2024, arXiv 2406.15480, the objective for several experts
+    """
+    return ((kl_nats - forward).square() + (reverse_kl_nats - reverse).square()).sum(dim=0)
+
+
+def measure_pull(
+    strong: Float[Tensor, "batch vocab"],
+    base: Float[Tensor, "#batch vocab"],
+    experts: Float[Tensor, "expert batch vocab"],
+) -> Pull:
+    """Deltas of all experts and their own targets, from the members' log-probabilities.
+
+    strong, base  [batch, vocab]          log-probabilities; a constant added to a row cancels
+    experts       [expert, batch, vocab]  same token ids
+    returns       Pull with one target per expert: its own
+    """
+    wide = wide_type(strong)
+    base, experts = base.to(wide), experts.to(wide)
+    is_shared = (base > RULED_OUT_NATS) & (experts > RULED_OUT_NATS)  # [expert, batch, vocab]
+    delta = torch.where(is_shared, experts - base, 0.0)
+    # Both laws are renormalised on the tokens they share: otherwise a divergence could come out negative.
+    expert_probs, expert_log_mass = _restrict(experts, is_shared)
+    base_probs, base_log_mass = _restrict(base.expand_as(experts), is_shared)
+    offset = expert_log_mass - base_log_mass
+    forward = (linalg.vecdot(expert_probs, delta) - offset).clamp_min(0.0)
+    reverse = (offset - linalg.vecdot(base_probs, delta)).clamp_min(0.0)
+    return Pull(TiltedFamily(strong, delta), forward.unsqueeze(0), reverse.unsqueeze(0))
+
+
+def _restrict(log_probs: Tensor, is_kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities renormalised on the kept tokens, and the log of their mass; zeros where nothing is kept."""
+    kept = torch.where(is_kept, log_probs, -torch.inf)
+    top = kept.amax(dim=-1, keepdim=True)  # -inf when no token is kept
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = (kept - top).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    is_empty = total == 0.0
+    log_mass = torch.where(is_empty, 0.0, total.log() + top)
+    return weights / torch.where(is_empty, 1.0, total), log_mass.squeeze(-1)

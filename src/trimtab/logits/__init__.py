@@ -1,0 +1,1 @@
+"""Fusion of next-token logits: a strong model steered by the deltas of small experts."""

@@ -1,0 +1,53 @@
+"""Algorithm 1 of Dynamic Logits Fusion as published: every alpha of a grid is tried, the best is kept.
+
+Slow and plain on purpose: it is what the exact amount `dynamic` is measured against.
+
+Source: Fan et al. 2024, arXiv 2406.15480, Algorithm 1 (0 to 2 in steps of 0.1, one expert at a time, objective summed
+over the experts when the chooser is `paper`).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trimtab.core.divergence import kl_nats
+from trimtab.core.pull import Pull
+from trimtab.logits.settings import setting
+from trimtab.logits.step import Step
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The best alpha of a grid."""
+
+    uses_experts: ClassVar[bool] = True
+
+    alpha_max: float = setting(2.0, "the largest alpha of the grid", low=0.0, high=10.0)
+    alpha_step: float = setting(0.1, "the distance between two alphas of the grid", low=0.001, high=10.0)
+
+    def candidates(self) -> list[float]:
+        """The grid: 0, alpha_step, 2 alpha_step, ... up to alpha_max."""
+        # A hair more than alpha_max, or 2.0 / 0.1 would now and then end one step early.
+        return [i * self.alpha_step for i in range(int(self.alpha_max / self.alpha_step + 1e-9) + 1)]
+
+    def alphas(self, step: Step, pull: Pull) -> Float[Tensor, "expert batch"]:
+        """The best grid point for each expert alone. [expert, batch]"""
+        return torch.stack([self._search(pull, expert) for expert in range(pull.forward.shape[1])])
+
+    def _search(self, pull: Pull, expert: int) -> Float[Tensor, " batch"]:
+        """Algorithm 1's inner loop: one expert's best alpha, in every row; at equal objectives the smallest."""
+        strong, delta = pull.family.strong, pull.family.delta[expert]  # [batch, vocab]
+        best_alpha = torch.zeros_like(pull.forward[0, expert])
+        best_objective = torch.full_like(best_alpha, torch.inf)
+        for alpha in self.candidates():
+            fused = (strong + alpha * delta).log_softmax(dim=-1)
+            objective = torch.zeros_like(best_alpha)
+            for forward, reverse in zip(pull.forward[:, expert], pull.reverse[:, expert], strict=True):
+                objective += (kl_nats(fused, strong) - forward) ** 2 + (kl_nats(strong, fused) - reverse) ** 2
+            is_better = objective < best_objective
+            best_alpha = torch.where(is_better, alpha, best_alpha)
+            best_objective = torch.where(is_better, objective, best_objective)
+        return best_alpha

@@ -1,0 +1,23 @@
+"""The paper's rule for several experts: each is tried alone against the summed objective, the best one speaks.
+
+    min over alpha in R^T with one entry non-zero of
+        sum_t [KL(P~||P) - KL(Q_t||Q)]^2 + [KL(P||P~) - KL(Q||Q_t)]^2
+
+Source: Fan et al. 2024, arXiv 2406.15480, the objective for several experts and Algorithm 1. For amounts other than
+the paper's the same objective picks among what the amount proposes for each expert.
+"""
+
+from dataclasses import dataclass
+
+from trimtab.logits.proposal import AlphaAmount, Choice, LawAmount, choose, propose
+from trimtab.logits.step import Step
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The expert whose fused law comes closest to the targets of all experts."""
+
+    def __call__(self, step: Step, amount: AlphaAmount | LawAmount) -> Choice:
+        """One expert per row; at equal objectives the first."""
+        proposal = propose(amount, step, meets_all_targets=True)
+        return choose(proposal, expert=proposal.objective().argmin(dim=0))
