@@ -1,0 +1,52 @@
+"""Write a page that shows, token by token, which expert spoke, how loudly, and how far the strong model was moved.
+
+The page is one HTML file that needs no network: hover or focus a token to see alphas, divergences, entropies and every
+member's five likeliest tokens. A plot of alpha over the steps is written beside it.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trimtab.cli import options, output
+from trimtab.cli.generate import take_prompt_from_model
+from trimtab.core.errors import EmptyPrompt, InputError
+
+EXAMPLE = (
+    "trimtab explain --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts "
+    '--chat "Where does Ada Moss live?" -o runs/explain.html'
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, one prompt, where to write."""
+    options.add_directory(parser)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to continue; \\n stands for a line break")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.add_argument("-o", "--output", metavar="HTML", type=Path, default=Path("explain.html"), help="the page")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    parser.add_argument("--max-new-tokens", type=options.positive, default=64, help="longest answer, in tokens")
+    options.add_strategy(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trace one greedy answer and write page and plot."""
+    from trimtab.measure.explain_page import explain_page
+    from trimtab.measure.plots import alpha_plot
+
+    take_prompt_from_model(args)
+    if len(args.prompts) != 1:
+        raise InputError(f"{len(args.prompts)} prompts were given.", "A page explains one answer.", "give one prompt.")
+    prompt = args.prompts[0].replace("\\n", "\n")
+    if not prompt:
+        raise EmptyPrompt("the prompt is empty.", "There is nothing to continue.", "give at least one token.")
+    page = output.claim_file(args.output, args.force)
+    plot = output.claim_file(args.output.with_suffix(".png"), args.force)
+    fused = options.open_fused(args)
+    asked: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
+    trace = fused.trace(asked, max_new_tokens=args.max_new_tokens).to_dict()
+    page.write_text(explain_page(trace), encoding="utf-8")
+    alpha_plot(trace, plot)
+    result = {"page": str(page), "plot": str(plot), "trace": trace}
+    settings = {"strategy": fused.strategy.to_dict(), "chat": args.chat, "max_new_tokens": args.max_new_tokens}
+    output.emit(args.json, output.document(result, settings), lambda: print(f"{trace['text']}\n{page}\n{plot}"))

@@ -1,0 +1,42 @@
+"""Write a fused model: references to strong, base and experts, the strategy and the tokenizer, as one directory.
+
+No weights are copied. The directory opens with `AutoModelForCausalLM.from_pretrained` once `FusedCausalLM` is imported
+from trimtab.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trimtab.cli import options, output
+
+EXAMPLE = "trimtab fuse --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts -o runs/facts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Members, strategy, and where to write."""
+    options.add_members(parser)
+    options.add_strategy(parser, default=options.DEFAULT_AMOUNT)
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the directory to write")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the members once, so that what does not fit is said now, and write the directory."""
+    from trimtab import FusedCausalLM
+
+    members = options.members_of(args)
+    strategy = options.strategy_of(args, tuple(members["experts"]))
+    options.quiet_transformers()
+    folder = output.claim_folder(args.output, args.force)
+    FusedCausalLM.from_members(**members, strategy=strategy).save_pretrained(folder)
+    settings = {**{name: members[name] for name in ("strong", "base", "experts")}, "strategy": strategy.to_dict()}
+    result = {"directory": str(folder), "files": sorted(file.name for file in folder.iterdir())}
+    output.emit(args.json, output.document(result, settings), lambda: show(folder, settings))
+
+
+def show(folder: Path, settings: dict[str, Any]) -> None:
+    """Where it is, what it is, and what to do next."""
+    strategy = settings["strategy"]
+    print(f"{folder}: {settings['strong']} + {strategy['amount']} of {', '.join(settings['experts'])}")
+    print(f'next: trimtab generate {folder} "..."   or   trimtab explain {folder} "..."')

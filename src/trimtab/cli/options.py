@@ -1,0 +1,278 @@
+"""Options that several commands share: which fused model, which strategy, how to sample."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.errors import InputError, unknown_name
+from trimtab.registry import AMOUNTS, CHOOSERS
+
+DEFAULT_AMOUNT = "dynamic"
+FLAGS = {"expert": "--speaker"}  # settings whose own name means something else on the command line
+
+
+def flag_of(setting: str) -> str:
+    """The flag of a strategy's setting."""
+    return FLAGS.get(setting, "--" + setting.replace("_", "-"))
+
+
+def quiet_transformers() -> None:
+    """Loading reports of transformers are not for users of this program; its errors are."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+# --- the fused model -----------------------------------------------------------------------------------------------
+
+
+def add_members(parser: argparse.ArgumentParser) -> None:
+    """--strong, --base, --expert: members by path, hub id (id@revision) or zoo: name."""
+    group = parser.add_argument_group("members", "each a directory, a hub id (ID@REVISION) or a zoo: name")
+    group.add_argument("--strong", metavar="MODEL", help="the big model, never trained")
+    group.add_argument("--base", metavar="MODEL", help="the small untuned model")
+    group.add_argument(
+        "--expert",
+        metavar="NAME=MODEL",
+        action="append",
+        default=[],
+        help="the base after tuning, full weights or a LoRA adapter; may be given several times",
+    )
+    group.add_argument(
+        "--prompt",
+        metavar="MEMBER=FORM",
+        action="append",
+        default=[],
+        help='how a member reads the prompt: "chat" for its chat template, or a text with {prompt}; '
+        "MEMBER is strong, base or an expert's name",
+    )
+
+
+def add_directory(parser: argparse.ArgumentParser) -> None:
+    """DIR, or members inline."""
+    parser.add_argument("model", metavar="DIR", nargs="?", help="a fused directory; or give --strong, --base, --expert")
+    add_members(parser)
+
+
+def members_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `FusedCausalLM.from_members`; raises InputError where a member is missing."""
+    missing = [f"--{role}" for role in ("strong", "base") if not getattr(args, role)]
+    if not args.expert:
+        missing.append("--expert")
+    if missing:
+        raise InputError(
+            f"no {' and no '.join(missing)} was given.",
+            "A fused model is a strong model, a base, and at least one expert tuned from that base.",
+            "for example --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts.",
+        )
+    experts = dict(named(expert, "--expert", allow_bare=True) for expert in args.expert)
+    if len(experts) < len(args.expert):
+        raise InputError("two experts have the same name.", fix="name each one: --expert NAME=MODEL.")
+    prompts = dict(named(prompt, "--prompt") for prompt in args.prompt)
+    return {"strong": args.strong, "base": args.base, "experts": experts, "prompts": prompts or None}
+
+
+def named(text: str, option: str, allow_bare: bool = False) -> tuple[str, str]:
+    """NAME=VALUE, or a bare model reference, which is named by its last part."""
+    name, equals, value = text.partition("=")
+    if equals and name and value:
+        return name, value
+    if not equals and allow_bare and text:
+        return text.split("@")[0].rstrip("/").replace(":", "/").rsplit("/", 1)[-1], text
+    raise InputError(f"{option} {text} cannot be read.", "Expected: NAME=VALUE.", f"for example {option} math=runs/m.")
+
+
+def open_fused(args: argparse.Namespace) -> Any:
+    """The fused model that a command was pointed at, with the strategy that its options ask for."""
+    from trimtab import FusedCausalLM
+
+    quiet_transformers()
+    is_inline = bool(args.strong or args.base or args.expert)
+    if args.model and is_inline:
+        raise InputError(
+            f"both a directory ({args.model}) and members were given.", fix="give one or the other, not both."
+        )
+    if is_inline:
+        members = members_of(args)
+        names = tuple(members["experts"])
+        fused = FusedCausalLM.from_members(**members, strategy=strategy_of(args, names))
+    elif args.model:
+        if args.prompt:
+            raise InputError("--prompt is part of a fused directory.", fix="give it to `trimtab fuse`.")
+        fused = FusedCausalLM.from_pretrained(args.model)
+        if args.strategy or args.chooser or given_settings(args):
+            fused.strategy = strategy_of(args, tuple(fused.expert_names), fused.strategy.to_dict())
+    else:
+        raise InputError(
+            "no model was given.", "Expected: a fused directory, or --strong, --base and --expert.", "add one of them."
+        )
+    return fused.eval()
+
+
+# --- strategy ------------------------------------------------------------------------------------------------------
+
+
+def all_settings() -> dict[str, list[tuple[str, Any]]]:
+    """Setting name -> the ingredients that have it, with its description there."""
+    from trimtab.logits.strategy import describe_settings
+
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for name in (*AMOUNTS, *CHOOSERS):
+        for setting in describe_settings(name):
+            found.setdefault(setting.name, []).append((name, setting))
+    return found
+
+
+def add_strategy(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--strategy, --chooser, and one flag for every setting that any amount or chooser has."""
+    group = parser.add_argument_group("strategy", "how much of an expert's delta is added, and which experts speak")
+    kept = "" if default else "; by default that of the directory"
+    group.add_argument("--strategy", metavar="AMOUNT", default=default, help=f"one of {', '.join(AMOUNTS)}{kept}")
+    group.add_argument("--chooser", metavar="CHOOSER", help=f"one of {', '.join(CHOOSERS)}{kept or ' (default: paper)'}")
+    for name, uses in all_settings().items():
+        group.add_argument(flag_of(name), dest=f"setting_{name}", metavar="VALUE", help=_setting_help(uses))
+
+
+def _setting_help(uses: list[tuple[str, Any]]) -> str:
+    """One description per distinct meaning, with the ingredients that share it."""
+    by_text: dict[str, list[str]] = {}
+    for owner, setting in uses:
+        default = f"default {setting.default}" if setting.default is not None else ""
+        limits = ", ".join(part for part in (setting.unit, setting.range, default) if part)
+        text = f"{setting.doc} ({limits})" if limits else setting.doc
+        by_text.setdefault(text, []).append(owner)
+    return "; ".join(f"[{', '.join(owners)}] {text}" for text, owners in by_text.items()).replace("%", "%%")
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, str]:
+    """Settings that were given as flags, still as texts."""
+    found = {k.removeprefix("setting_"): v for k, v in vars(args).items() if k.startswith("setting_")}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def strategy_of(
+    args: argparse.Namespace, expert_names: tuple[str, ...], present: Mapping[str, Any] | None = None
+) -> Any:
+    """The strategy that the flags describe.
+
+    present   what a fused directory has: kept where the flags say nothing, settings only while the ingredient stays
+    """
+    from trimtab.logits.strategy import describe_settings, make_strategy
+
+    present = present or {"amount": DEFAULT_AMOUNT, "chooser": "paper", "settings": {}}
+    amount, chooser = args.strategy or present["amount"], args.chooser or present["chooser"]
+    for name, table in ((amount, AMOUNTS), (chooser, CHOOSERS)):
+        if name not in table:
+            raise unknown_name(table.kind, name, table)
+    known = {setting.name: setting for name in (amount, chooser) for setting in describe_settings(name)}
+    kept = {
+        setting.name: present["settings"][setting.name]
+        for new, old in ((amount, present["amount"]), (chooser, present["chooser"]))
+        if new == old
+        for setting in describe_settings(new)
+        if setting.name in present["settings"]
+    }
+    given = {name: known[name].parse(text) if name in known else text for name, text in given_settings(args).items()}
+    return make_strategy(amount, chooser=chooser, expert_names=expert_names, **{**kept, **given})
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> None:
+    """Length and randomness of what is generated; greedy by default."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="longest answer, in tokens")
+    group.add_argument("--temperature", type=not_negative, default=0.0, help="0 takes the likeliest token")
+    group.add_argument("--top-p", type=share, metavar="SHARE", help="sample among the likeliest tokens of this mass")
+    group.add_argument("--top-k", type=positive, metavar="N", help="sample among the N likeliest tokens")
+    group.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `generate`; sets torch's seed where something is drawn."""
+    if not args.temperature:
+        if args.top_p is not None or args.top_k is not None:
+            raise InputError(
+                "--top-p or --top-k was given without a temperature.",
+                "At temperature 0 the likeliest token is taken, and they change nothing.",
+                "add --temperature 1.",
+            )
+        return {"do_sample": False, "max_new_tokens": args.max_new_tokens}
+    import torch
+
+    torch.manual_seed(args.seed)
+    kinds = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or 0}
+    chosen = {name: value for name, value in kinds.items() if value is not None}
+    return {"do_sample": True, "max_new_tokens": args.max_new_tokens, **chosen}
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in (0, 1]")
+    return value
+
+
+def names_of(text: str | None, known: Mapping[str, Any], kind: str) -> list[str]:
+    """A comma-separated list of known names; all of them by default."""
+    if text is None:
+        return list(known)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    if not names:
+        raise InputError(f"no {kind} was named.", f"Known: {', '.join(known)}.", f"name at least one {kind}.")
+    return list(dict.fromkeys(names))
+
+
+def prompts_from(texts: list[str], file: Path | None) -> list[str]:
+    """Prompts from the command line, else from a JSONL file, else one per line of a piped stdin."""
+    import json
+
+    if texts and file:
+        raise InputError("prompts were given both as arguments and as a file.", fix="give one or the other.")
+    if texts:
+        return texts
+    if file is None:
+        if sys.stdin.isatty():
+            raise InputError("no prompt was given.", fix='add one: "Q: ...", or pipe one per line, or --file F.jsonl.')
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    prompts = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}.", fix="pass a text file of one JSON object per line.") from error
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file}, line {place} is no JSON: {error.msg}.", fix="write one object per line.") from error
+        prompt = row.get("prompt") if isinstance(row, dict) else row
+        if not isinstance(prompt, str):
+            raise InputError(f'{file}, line {place} has no "prompt".', fix='write {"prompt": "..."} per line.')
+        prompts.append(prompt)
+    return prompts

@@ -1,0 +1,79 @@
+"""What commands print: the result and only it on stdout, everything else on stderr."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.errors import InputError
+
+PACKAGES = ("trimtab", "torch", "transformers", "peft")
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what a result depends on, read without importing any of it."""
+    found = {}
+    for package in (*PACKAGES, *more):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def document(
+    result: Any, settings: Mapping[str, Any] | None = None, seed: int | None = None, *more_packages: str
+) -> dict[str, Any]:
+    """The one JSON document of a command."""
+    return {"result": result, "settings": dict(settings or {}), "seed": seed, "versions": versions(*more_packages)}
+
+
+def emit(as_json: bool, content: Mapping[str, Any], show: Callable[[], None]) -> None:
+    """Print the document, or show it to a human."""
+    if as_json:
+        print(json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        show()
+
+
+def console() -> Any:
+    """A rich console for stdout; on a pipe it keeps tables whole instead of folding them at 80 columns."""
+    from rich.console import Console
+
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, only on a terminal: call with what is being done, how much is done, and how much there is."""
+    if not sys.stderr.isatty():
+        yield lambda text, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("", total=None)
+        yield lambda text, done, total: bars.update(bar, description=text, completed=done, total=total)
+
+
+def claim_file(path: Path, force: bool) -> Path:
+    """A file that may be written: its folder exists, and nothing is overwritten without --force."""
+    if path.is_dir():
+        raise InputError(f"{path} is a directory.", "Expected: a file to write.", "name a file in it.")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists.", "Nothing is overwritten unasked.", "pass --force, or another path.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def claim_folder(path: Path, force: bool) -> Path:
+    """A folder that may be written: new or empty, or --force."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file.", "Expected: a folder to write.", "pass another path.")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise InputError(f"{path} is not empty.", "Nothing is overwritten unasked.", "pass --force, or another path.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path

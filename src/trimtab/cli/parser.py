@@ -1,0 +1,96 @@
+"""argparse with the house's errors: what was found, what was expected, the nearest spelling."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from trimtab.cli.commands import COMMANDS, Command, load_command
+from trimtab.core.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError instead of leaving the process, and proposes near spellings."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Formatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}.", fix=f"see `{self.prog} --help`.")
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """All arguments; an unknown option is answered with the nearest known one."""
+        args, unknown = self.parse_known_args(argv)
+        if not unknown:
+            return args
+        options = sorted({option for parser in _family(self) for option in parser._option_string_actions})
+        found = unknown[0].split("=")[0]
+        near = get_close_matches(found, options, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`."
+        kind = "option" if found.startswith("-") else "argument"
+        raise InputError(f"{self.prog} has no {kind} {found}.", fix=fix)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Defaults are printed where a help text does not name them itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        has_default = action.default not in (None, False, argparse.SUPPRESS, [], ())
+        return f"{text} (default: %(default)s)" if has_default and action.option_strings else text
+
+
+def _family(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from _family(child)
+
+
+def command_parser(name: str, command: Command | None = None) -> Parser:
+    """The parser of one command, opening with its promise and an example."""
+    command = command or load_command(name)
+    promise = (command.__doc__ or "").strip()
+    description = f"{promise}\n\nexample:\n  {command.EXAMPLE}"
+    parser = Parser(prog=f"trimtab {name}", description=description)
+    command.add_arguments(parser)
+    add_common(parser)
+    return parser
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What every command has."""
+    taken = parser._option_string_actions
+    if "--json" not in taken:
+        parser.add_argument("--json", action="store_true", help="print one JSON document: result, settings, versions")
+    if "--debug" not in taken:
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def top_help() -> str:
+    """The help of `trimtab` itself; imports no command."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {line.summary}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: trimtab COMMAND [options]",
+            "",
+            "Turn a big language model with small ones, by Dynamic Logits Fusion and its neighbours.",
+            "",
+            "example:",
+            "  trimtab demo",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  -h, --help  this text; `trimtab COMMAND --help` for a command's own",
+            "  --version   the version of trimtab",
+            "",
+            "Every command takes --json (one document on stdout) and --debug (tracebacks).",
+            "Exit codes: 0 done, 1 failed for a stated reason, 2 wrong usage or input, 130 interrupted.",
+        ]
+    )
