@@ -7,11 +7,12 @@ A command is a module with a docstring (its first line is the promise), EXAMPLE 
 import argparse
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from trimtab.core.errors import unknown_name
 
 
+@runtime_checkable
 class Command(Protocol):
     """What a command's module holds."""
 

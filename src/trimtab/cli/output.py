@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import InputError
+from trimtab.measure.pages import finite
 
 PACKAGES = ("trimtab", "torch", "transformers", "peft")
 

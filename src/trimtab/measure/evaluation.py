@@ -7,7 +7,7 @@ strategy starts from a copy of them. Choices are fixed texts, so members score t
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from trimtab.core.errors import EmptyPrompt
 MAX_TOKENS_AT_ONCE = 16_384  # rows x time of one batch: bounds the memory of caches and logits
 
 
+@runtime_checkable
 class Item(Protocol):
     """One question of a task."""
 

@@ -7,7 +7,7 @@ single items; tables, intervals and tests are computed from those (`summary`).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from trimtab.measure.scores import ANSWER_METRICS
 MAX_POSITIONS_AT_ONCE = 1024  # rows that a strategy fuses in one call: bounds the memory of [expert, batch, vocab]
 
 
+@runtime_checkable
 class Task(Protocol):
     """How a task's items are answered and scored."""
 
