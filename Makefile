@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+# glibc gives freed memory back to the kernel too eagerly for tensors: page faults would cost half of the time.
+export MALLOC_MMAP_THRESHOLD_ := 4294967296
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
+
+.PHONY: demo test lint format docs results zoo browser clean help
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/.installed  ## steer the zoo's strong model with small experts: tables, a plot and a page in reports/demo
+	$(BIN)/trimtab demo --output reports/demo --force
+
+test: .venv/.installed browser  ## the whole test suite, about five minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+lint: .venv/.installed  ## format check, lint and strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed  ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+results: .venv/.installed  ## measure everything again and write docs/results.md (about half an hour)
+	$(BIN)/trimtab results --output docs/results.md --force
+
+zoo: .venv/.installed  ## make the embedded worlds and models again from seeds into runs/zoo (about an hour)
+	$(BIN)/trimtab zoo build --output runs/zoo
+
+browser:  # the page tests open a real headless Chromium
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
+	  { echo "The page tests need Chromium: install it with your system's package manager." >&2; exit 1; }
+
+clean:  ## remove the virtual environment and what tools left behind
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
