@@ -1,7 +1,7 @@
 """The table of commands: what `trimtab --help` lists without importing any of them.
 
 A command is a module with a docstring (its first line is the promise), EXAMPLE (a line that runs), `add_arguments` and
-`run`. It prints its result on stdout through `output.emit`, raises TrimtabError for stated reasons, and returns nothing.
+`run`, which prints its result on stdout through `output.emit` and raises TrimtabError for stated reasons.
 """
 
 import argparse
@@ -37,7 +37,9 @@ COMMANDS: dict[str, Line] = {
     "generate": Line("trimtab.cli.generate", "Continue prompts with a fused model."),
     "chat": Line("trimtab.cli.chat", "Talk with a fused model; answers stream."),
     "eval": Line("trimtab.cli.eval", "Score a fused model through lm-evaluation-harness."),
-    "explain": Line("trimtab.cli.explain", "Write a page that shows, token by token, which expert spoke and how loudly."),
+    "explain": Line(
+        "trimtab.cli.explain", "Write a page that shows, token by token, which expert spoke and how loudly."
+    ),
     "list": Line("trimtab.cli.list", "List the strategies: amounts and choosers."),
     "show": Line("trimtab.cli.show", "Describe one strategy: settings, units, ranges, source, example."),
     "zoo": Line("trimtab.cli.zoo", "The embedded models and tasks: what is there, and how to build it again."),

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("interrupted.", is_debugging)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of stdout left (`trimtab list | head`): nobody is there to tell, and the flush at exit must not try.
+        # The reader of stdout left (`trimtab list | head`): nobody to tell, and the flush at exit must not try.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"{type(error).__name__}: {error}", is_debugging)
         return error.exit_code
     except Exception as error:
-        hint = "" if is_debugging else "\n  This was not foreseen. Fix: run again with --debug and report the traceback."
+        hint = (
+            "" if is_debugging else "\n  This was not foreseen. Fix: run again with --debug and report the traceback."
+        )
         _complain(f"{type(error).__name__}: {error}{hint}", is_debugging)
         return 1
 

@@ -131,7 +131,9 @@ def add_strategy(parser: argparse.ArgumentParser, default: str | None = None) ->
     group = parser.add_argument_group("strategy", "how much of an expert's delta is added, and which experts speak")
     kept = "" if default else "; by default that of the directory"
     group.add_argument("--strategy", metavar="AMOUNT", default=default, help=f"one of {', '.join(AMOUNTS)}{kept}")
-    group.add_argument("--chooser", metavar="CHOOSER", help=f"one of {', '.join(CHOOSERS)}{kept or ' (default: paper)'}")
+    group.add_argument(
+        "--chooser", metavar="CHOOSER", help=f"one of {', '.join(CHOOSERS)}{kept or ' (default: paper)'}"
+    )
     for name, uses in all_settings().items():
         group.add_argument(flag_of(name), dest=f"setting_{name}", metavar="VALUE", help=_setting_help(uses))
 
@@ -263,14 +265,18 @@ def prompts_from(texts: list[str], file: Path | None) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}.", fix="pass a text file of one JSON object per line.") from error
+        raise InputError(
+            f"{file} cannot be read: {error}.", fix="pass a text file of one JSON object per line."
+        ) from error
     for place, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{file}, line {place} is no JSON: {error.msg}.", fix="write one object per line.") from error
+            raise InputError(
+                f"{file}, line {place} is no JSON: {error.msg}.", fix="write one object per line."
+            ) from error
         prompt = row.get("prompt") if isinstance(row, dict) else row
         if not isinstance(prompt, str):
             raise InputError(f'{file}, line {place} has no "prompt".', fix='write {"prompt": "..."} per line.')

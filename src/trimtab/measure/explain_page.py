@@ -170,7 +170,9 @@ def _reading(has_alpha: bool) -> str:
             "Alpha 0 leaves the strong model as it is; 1 adds the expert's whole difference to its base. "
             "The bar under a token grows with alpha."
         )
-    return "This strategy reweighs the strong model's law token by token; the bar under a token grows with the distance."
+    return (
+        "This strategy reweighs the strong model's law token by token; the bar under a token grows with the distance."
+    )
 
 
 def _chart(trace: Trace, has_alpha: bool) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 # A rudder with its trim tab turned against it.
 LOGO = (
-    '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M5 2.5h6a2 2 0 0 1 2 2v15a2 2 0 0 1-2 2H8.5A3.5 3.5 0 0 1 5 18z" '
-    'fill="var(--accent)" opacity=".35"/><path d="M13.6 11.2l6.9 3.1-2.2 6.6-4.7-.9z" fill="var(--accent)"/></svg>'
+    '<svg viewBox="0 0 24 24" aria-hidden="true">'
+    '<path d="M5 2.5h6a2 2 0 0 1 2 2v15a2 2 0 0 1-2 2H8.5A3.5 3.5 0 0 1 5 18z" fill="var(--accent)" opacity=".35"/>'
+    '<path d="M13.6 11.2l6.9 3.1-2.2 6.6-4.7-.9z" fill="var(--accent)"/></svg>'
 )
 
 

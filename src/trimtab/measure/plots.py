@@ -96,7 +96,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **grid: Any) -> 
     from matplotlib.figure import Figure
 
     ratios = {"gridspec_kw": {"height_ratios": grid.pop("height_ratios")}} if "height_ratios" in grid else {}
-    figure = Figure(figsize=size, facecolor=PAPER, layout="constrained")
+    figure: Any = Figure(figsize=size, facecolor=PAPER, layout="constrained")
     axes = figure.subplots(rows, columns, **grid, **ratios)
     for axis in axes.flat if rows * columns > 1 else [axes]:
         axis.spines[["top", "right"]].set_visible(False)
