@@ -30,6 +30,10 @@ class TrimtabError(Exception):
         super().__init__("\n".join(line for line in lines if line))
 
 
+class TrimtabWarning(UserWarning):
+    """Something works, but not as it may seem: the message says what is lost."""
+
+
 class NumericalError(TrimtabError):
     """A member produced NaN, or a law that cannot be normalised."""
 

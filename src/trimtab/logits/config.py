@@ -1,0 +1,31 @@
+"""What a fused directory says about itself: references to the members, the strategy, the prompts. No weights."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
+    """`config.json` of a fused model.
+
+    strong, base            references: {"where": path, hub id or zoo: name; "revision"; "digest"}
+    experts                 {name: reference}
+    strategy                {"amount", "chooser", "settings"}
+    prompts                 {member: prompt form}, for members that read a prompt of their own
+    vocab_size              tokens that are fused: the tokenizer's, without padding rows
+    max_position_embeddings tokens that the member of the shortest context can read
+    """
+
+    model_type = "trimtab"
+
+    strong: dict[str, Any] | None = None
+    base: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
+    strategy: dict[str, Any] | None = None
+    prompts: dict[str, Any] | None = None
+    vocab_size: int = 0
+    max_position_embeddings: int | None = None
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None

@@ -1,0 +1,324 @@
+"""From references to members: each directory is loaded once, adapters share their base, nothing is fetched twice."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import MemberMismatch, TrimtabWarning, UnreadableModel
+from trimtab.logits import descent, lora, references, vocabulary
+from trimtab.logits.references import Reference
+
+RESERVED = ("strong", "base", "fused")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How members are loaded: number type and device, one for all or {member: ...}; None: as stored, on the CPU."""
+
+    dtype: Any = None
+    device: Any = None
+    attn_implementation: str | None = None
+
+    def of(self, name: str, setting: Any) -> Any:
+        """The setting of one member."""
+        return setting.get(name) if isinstance(setting, Mapping) else setting
+
+
+@dataclass
+class Member:
+    """One model that is asked at every step.
+
+    model      the transformers model; an adapter's member shows the model that it sits on
+    adapter    the name by which the switch selects it; None: the bare model
+    """
+
+    name: str
+    model: Any
+    adapter: str | None = None
+    reference: Reference | None = None
+    directory: Path | None = None
+    tokenizer: Any = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the output layer, padding included."""
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        return int(weight.shape[0]) if weight is not None else int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can read at most; None when its configuration sets no limit."""
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+
+@dataclass
+class Members:
+    """Strong, base and experts, and the switches of the models that carry adapters (by the model's id)."""
+
+    strong: Member
+    base: Member
+    experts: dict[str, Member]
+    switches: dict[int, lora.AdapterSwitch] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Member]:
+        yield from (self.strong, self.base, *self.experts.values())
+
+    def switch(self, member: Member) -> lora.AdapterSwitch | None:
+        """What turns this member's adapters on and off; None for a model without any."""
+        return self.switches.get(id(member.model))
+
+
+class Shelf:
+    """Loads members; a directory that is asked for twice is loaded once."""
+
+    def __init__(self, placement: Placement, beside: Path | None = None) -> None:
+        self._placement = placement
+        self._beside = beside
+        self._models: dict[Any, Any] = {}
+        self.switches: dict[int, lora.AdapterSwitch] = {}
+
+    def member(self, name: str, source: Any, base: Member | None = None) -> Member:
+        """The member of this name.
+
+        source    a loaded model (transformers or peft), or a reference: path, zoo: name, hub id, Reference
+        base      for an expert: what its adapter sits on
+        """
+        if isinstance(source, nn.Module):
+            return self._given(name, source)
+        reference = source if isinstance(source, Reference) else references.parse_reference(source)
+        reference, directory = references.locate(reference, self._beside)
+        references.check_directory(directory)
+        references.check_digest(name, reference, directory)
+        tokenizer = vocabulary.load_tokenizer(directory)
+        if not references.is_adapter(directory):
+            return Member(name, self._load(name, directory), None, reference, directory, tokenizer)
+        under = self._under(name, directory, base)
+        switch = self.switches.setdefault(id(under.model), lora.AdapterSwitch(under.model))
+        key = ("adapter", directory, id(under.model))
+        if key not in self._models:
+            self._models[key] = switch.attach(name, directory)
+        return Member(name, under.model, self._models[key], reference, directory, tokenizer or under.tokenizer)
+
+    def _given(self, name: str, model: Any) -> Member:
+        """A member from a loaded model; a peft model stands for its active adapter on its base."""
+        adapter = None
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            adapter, model = model.active_adapter, model.get_base_model()
+        if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+            raise MemberMismatch(
+                f"member '{name}' is a {type(model).__name__}.",
+                "A member is a causal language model of transformers, a path, a zoo: name or a hub id.",
+                "load it with AutoModelForCausalLM.from_pretrained.",
+            )
+        _check_kind(name, model)
+        switch = self.switches.setdefault(id(model), lora.AdapterSwitch(model))
+        if switch.is_empty:
+            del self.switches[id(model)]
+        return Member(name, model.eval(), adapter)
+
+    def _under(self, name: str, directory: Path, base: Member | None) -> Member:
+        """The model that an adapter sits on: an expert's is the base; any other's is the one that it names."""
+        recorded = lora.base_name(directory)
+        located = self._find(recorded, directory)
+        if base is not None:
+            if located is not None and base.directory is not None and not _same_model(located, base.directory):
+                raise MemberMismatch(
+                    f"expert '{name}' is an adapter of '{recorded}', but the base is '{base.directory}'.",
+                    "An expert's delta is taken against the model that it was tuned from.",
+                    f"pass base='{recorded}'.",
+                )
+            return base
+        if recorded is None:
+            raise UnreadableModel(
+                f"the adapter '{name}' ({directory}) does not say which model it sits on.",
+                "adapter_config.json names it in base_model_name_or_path.",
+                "write it there, or merge the adapter into a model of its own.",
+            )
+        return self.member(name, Reference(str(located)) if located is not None else recorded)
+
+    def _find(self, recorded: str | None, directory: Path) -> Path | None:
+        """The local directory that an adapter names as its base, if there is one; never asks the network."""
+        if recorded is None:
+            return None
+        if recorded.startswith(references.ZOO):
+            return references.locate(Reference(recorded))[1]
+        for place in (Path(recorded).expanduser(), directory / recorded):
+            if place.is_dir():
+                return place.resolve()
+        return None
+
+    def _load(self, name: str, directory: Path) -> Any:
+        if directory not in self._models:
+            self._models[directory] = load_model(name, directory, self._placement)
+        return self._models[directory]
+
+
+def load_model(name: str, directory: Path, placement: Placement) -> Any:
+    """A causal language model from safetensors, complete: no weight missing, none reinitialised, no foreign code.
+
+    raises    UnreadableModel when weights are missing or have another shape, or the files cannot be read
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = placement.of(name, placement.dtype)
+    try:
+        with quiet_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                dtype=dtype if dtype is not None else "auto",
+                attn_implementation=placement.attn_implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # from safetensors' own to ValueError for unknown architectures
+        raise UnreadableModel(
+            f"member '{name}' cannot be loaded from '{directory}': {_first_line(error)}",
+            "A member is a causal language model that transformers knows, in safetensors; no code of others is run.",
+            "write the directory again with save_pretrained.",
+        ) from error
+    lost = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if lost:
+        raise UnreadableModel(
+            f"member '{name}' ({directory}) lacks {len(lost)} of its weights, such as {lost[0]}.",
+            "Loading would fill them with random numbers.",
+            "write the directory again with save_pretrained.",
+        )
+    _check_kind(name, model)
+    device = placement.of(name, placement.device)
+    return (model if device is None else model.to(device)).eval()
+
+
+def gather(
+    strong: Any,
+    base: Any,
+    experts: Mapping[str, Any],
+    placement: Placement | None = None,
+    beside: Path | None = None,
+) -> Members:
+    """All members, from loaded models or references (relative paths start at `beside`).
+
+    raises    MemberMismatch when strong or base is missing or an expert's name cannot be used
+    """
+    for role, source in (("strong", strong), ("base", base)):
+        if source is None:
+            raise MemberMismatch(
+                f"there is no {role} model.",
+                "An expert's delta is expert minus base, and it is added to the strong model.",
+                f"pass {role}=...",
+            )
+    for name in experts:
+        if not name or name in RESERVED:
+            raise MemberMismatch(
+                f"an expert cannot be called '{name}'.", f"Taken: {', '.join(RESERVED)}.", "give it another name."
+            )
+    shelf = Shelf(placement or Placement(), beside)
+    strong_member, base_member = shelf.member("strong", strong), shelf.member("base", base)
+    made = {name: shelf.member(name, source, base=base_member) for name, source in experts.items()}
+    return Members(strong_member, base_member, made, shelf.switches)
+
+
+def check_descent(members: Members, read: Callable[[Member, Tensor], Tensor], vocab_size: int) -> None:
+    """Warns about each expert that was not tuned from the base, with the divergence measured between the two.
+
+    read    (member, token ids [batch, time]) -> logits [batch, time, vocab]
+    """
+    base = members.base
+    for name, expert in members.experts.items():
+        if expert.model is base.model:
+            continue
+        cosine = descent.weight_cosine(expert.model, base.model)
+        if cosine is not None and cosine > descent.UNRELATED_COSINE:
+            continue
+        ids = descent.probe_ids(vocab_size)
+        kl = descent.mean_kl_nats(read(expert, ids), read(base, ids))
+        why = "its weights have other shapes" if cosine is None else f"the cosine of their weights is {cosine:.2f}"
+        warnings.warn(
+            f"expert '{name}' does not descend from the base: {why}, and KL(expert || base) is {kl:.2f} nats per token "
+            "on fixed token sequences. Its delta then holds more than what tuning taught. Fix: pass the model that it "
+            "was tuned from as base.",
+            TrimtabWarning,
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Loading bars only where somebody watches."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def saved_reference(member: Member) -> tuple[Reference, Path]:
+    """Where a member can be loaded from again; a loaded model is held against the files that it names.
+
+    raises    MemberMismatch when it was never saved, or differs from what is there
+    """
+    if member.reference is not None and member.directory is not None:
+        return member.reference, member.directory
+    named = getattr(member.model, "name_or_path", "") or ""
+    directory = Path(named) if named else None
+    if member.adapter is not None or directory is None or not directory.is_dir() or not _holds(directory, member.model):
+        raise MemberMismatch(
+            f"member '{member.name}' lives in memory only, or differs from its files{f' in {named}' if named else ''}.",
+            "A fused directory holds references to the members, no weights.",
+            "save it with save_pretrained(DIR), and build the fused model from that path.",
+        )
+    return Reference(str(directory.resolve())), directory.resolve()
+
+
+def _holds(directory: Path, model: nn.Module) -> bool:
+    """Whether the safetensors of a directory hold this model's weights: the first numbers of every tensor agree."""
+    from safetensors import safe_open
+
+    ours = model.state_dict()
+    seen = 0
+    for file in references.weight_files(directory):
+        with safe_open(str(file), framework="pt") as tensors:
+            for key in set(tensors.keys()) & set(ours):
+                part = tensors.get_slice(key)
+                index = tuple(slice(0, min(size, 4)) for size in part.get_shape())
+                stored = part[index] if index else tensors.get_tensor(key)
+                here = ours[key][index] if index else ours[key]
+                if stored.shape != here.shape or not torch.equal(stored.to(here.dtype), here.cpu()):
+                    return False
+                seen += 1
+    return seen > 0
+
+
+def _same_model(one: Path, other: Path) -> bool:
+    return os.path.samefile(one, other) or references.digest(one) == references.digest(other)
+
+
+def _check_kind(name: str, model: Any) -> None:
+    if model.config.model_type == "trimtab" or model.config.is_encoder_decoder:
+        kind = "a fused model" if model.config.model_type == "trimtab" else "an encoder-decoder model"
+        raise MemberMismatch(
+            f"member '{name}' is {kind}.",
+            "A member is a plain causal language model.",
+            "pass its members, or another model.",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

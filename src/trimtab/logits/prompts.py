@@ -1,0 +1,213 @@
+"""Members that read a prompt of their own: a chat-tuned expert next to a plain base. Only generated tokens are shared.
+
+The *shared text* is what the caller sees: the plain prompt, then the generated tokens. A member with a prompt form
+reads its own rendering of the prompt in place of the plain one, and then the same generated tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from trimtab.core.errors import BadSetting, EmptyPrompt, MemberMismatch
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+PLACE = "{prompt}"
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How a member's prompt is made of the caller's: a text with {prompt} in it, or a chat template (Jinja).
+
+    template    text around the prompt, e.g. "Question: {prompt}\\nAnswer:"; None for chat
+    chat        the chat template; None: the template above, or the plain prompt
+    system      a system message to go first in a chat
+    """
+
+    template: str | None = None
+    chat: str | None = None
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.template is not None and self.chat is not None:
+            raise BadSetting("a prompt form has both a template and a chat template.", fix="keep one of them.")
+        if self.template is not None and self.template.count(PLACE) != 1:
+            raise BadSetting(
+                f"the prompt template {self.template!r} holds {{prompt}} {self.template.count(PLACE)} times.",
+                "It must hold it once: that is where the prompt goes.",
+                'write for example "Question: {prompt}\\nAnswer:", or "chat" for the member\'s chat template.',
+            )
+        if self.system is not None and self.chat is None:
+            raise BadSetting("a system message needs a chat template.", fix='use {"chat": true, "system": "..."}.')
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the member reads what the caller wrote."""
+        return self.template is None and self.chat is None
+
+    def to_dict(self) -> dict[str, str]:
+        """For `config.json`."""
+        parts = {"template": self.template, "chat": self.chat, "system": self.system}
+        return {name: value for name, value in parts.items() if value is not None}
+
+    def render(self, tokenizer: Any, prompt: Prompt) -> list[int]:
+        """Token ids of this member's prompt.
+
+        A conversation (a list of {"role", "content"}) goes through the chat template; a plain or templated member
+        reads the fused tokenizer's own chat rendering, or the contents line by line, respectively.
+        """
+        if self.chat is not None:
+            return self._render_chat(tokenizer, prompt, self.chat)
+        if self.template is not None:
+            return ids_of(tokenizer, self.template.replace(PLACE, text_of(prompt)))
+        if isinstance(prompt, str):
+            return ids_of(tokenizer, prompt)
+        if tokenizer.chat_template is None:
+            raise BadSetting(
+                "the prompt is a conversation, but the tokenizer has no chat template.",
+                fix='pass a text, or give the members prompts: prompts={"NAME": "User: {prompt}\\nAssistant:"}.',
+            )
+        return self._render_chat(tokenizer, prompt, tokenizer.chat_template)
+
+    def _render_chat(self, tokenizer: Any, prompt: Prompt, chat: str) -> list[int]:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        if self.system is not None and messages[0].get("role") != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        text = tokenizer.apply_chat_template(messages, chat_template=chat, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def read_form(member: str, spec: Any, chat_template: str | None) -> PromptForm:
+    """A prompt form from what a user writes or `config.json` holds.
+
+    spec            "plain", "chat", a text with {prompt}, or {"template": ...} / {"chat": true or Jinja, "system": ...}
+    chat_template   the member's own, for "chat"
+    """
+    if isinstance(spec, PromptForm):
+        return spec
+    if spec == "plain":
+        return PromptForm()
+    if isinstance(spec, str) and spec != "chat":
+        return PromptForm(template=spec)
+    parts = {"chat": True} if spec == "chat" else dict(spec)
+    unknown = sorted(set(parts) - {"template", "chat", "system"})
+    if unknown:
+        raise BadSetting(
+            f"the prompt of '{member}' has unknown parts: {', '.join(unknown)}.",
+            "Known: template, chat, system.",
+            "remove them.",
+        )
+    if parts.get("chat") is True:
+        if chat_template is None:
+            raise MemberMismatch(
+                f"member '{member}' has no chat template.",
+                'prompts={"' + member + '": "chat"} asks for the template of its tokenizer.',
+                f'pass the template itself: prompts={{"{member}": {{"chat": JINJA}}}}, or a text with {{prompt}}.',
+            )
+        parts["chat"] = chat_template
+    return PromptForm(**parts)
+
+
+def text_of(prompt: Prompt) -> str:
+    """The prompt as text: a conversation is its contents, line by line."""
+    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, with the special tokens that the tokenizer adds by itself."""
+    return list(tokenizer(text)["input_ids"])
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or several, each a text or a conversation, as a list.
+
+    raises    EmptyPrompt for none at all, or one that is empty
+    """
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping)):
+        prompts = [prompts]
+    rows: list[Prompt] = list(prompts)
+    for row, prompt in enumerate(rows):
+        if len(prompt) == 0 or text_of(prompt) == "":
+            raise empty_prompt(f"prompt {row} of {len(rows)} is empty.")
+    if not rows:
+        raise empty_prompt("there is no prompt.")
+    return rows
+
+
+def empty_prompt(found: str) -> EmptyPrompt:
+    """The error for a prompt without tokens."""
+    return EmptyPrompt(
+        found,
+        "A model continues a text of at least one token.",
+        "pass some text, or the beginning-of-text token, if the model knows one.",
+    )
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "row time"], Int[Tensor, "row time"]]:
+    """Token ids and mask, filled up on the left."""
+    width = max(len(row) for row in rows)
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
+
+
+def positions_of(mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    """The position of each token in its text: padding does not count."""
+    mask = mask.long()
+    return (mask.cumsum(dim=-1) - 1).masked_fill(mask == 0, 0)
+
+
+@dataclass(frozen=True)
+class OwnPrompts:
+    """The prompts that the members read in place of the first `shared_length` tokens of the shared text.
+
+    ids, masks       per member run, [batch, time] each, left-padded; the times differ between members
+    shared_length    tokens of the plain prompt, padding included
+    """
+
+    ids: list[Tensor]
+    masks: list[Tensor]
+    shared_length: int
+
+    @classmethod
+    def from_tensors(
+        cls,
+        ids: Int[Tensor, "batch member time"],
+        mask: Int[Tensor, "batch member time"],
+        shared_length: int,
+        members: Sequence[int],
+    ) -> "OwnPrompts":
+        """From what `FusedCausalLM.encode` returns; `members` are the columns to keep, one per run."""
+        starts = [int(mask[:, member].any(dim=0).int().argmax()) for member in members]
+        picked = list(zip(members, starts, strict=True))
+        return cls([ids[:, m, at:] for m, at in picked], [mask[:, m, at:] for m, at in picked], shared_length)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each run's prompt, padding included."""
+        return [ids.shape[1] for ids in self.ids]
+
+    @property
+    def extra_tokens(self) -> int:
+        """How much longer the longest own prompt is than the shared one."""
+        return max(self.lengths) - self.shared_length
+
+    def rows(self, indices: Tensor) -> "OwnPrompts":
+        """These rows, in this order."""
+        return OwnPrompts(
+            [ids[indices.to(ids.device)] for ids in self.ids],
+            [mask[indices.to(mask.device)] for mask in self.masks],
+            self.shared_length,
+        )
+
+    def repeated(self, times: int) -> "OwnPrompts":
+        """Each row `times` times."""
+        return OwnPrompts(
+            [ids.repeat_interleave(times, dim=0) for ids in self.ids],
+            [mask.repeat_interleave(times, dim=0) for mask in self.masks],
+            self.shared_length,
+        )

@@ -1,0 +1,242 @@
+"""Runs the members on the same tokens: one forward per model and adapter, each on its own device, prompt and cache."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trimtab.core.errors import BadSetting, ContextTooLong, NumericalError
+from trimtab.logits.cache import FusedCache
+from trimtab.logits.members import Member, Members
+from trimtab.logits.prompts import OwnPrompts, PromptForm, positions_of
+
+# Numbers that one chunk of rows may hold in each of a strategy's temporaries: 2^22 doubles are 32 MiB.
+CHUNK_NUMBERS = 2**22
+
+
+class BrokenLaw(NumericalError):
+    """A member's logits make no law; `position` is that of the token after which they stand."""
+
+    def __init__(self, member: str, row: int, position: int, step: int | None = None) -> None:
+        self.member, self.row, self.position = member, row, position
+        where = f"at step {step} of the generation" if step is not None else f"after token {position}"
+        super().__init__(
+            f"member '{member}' gave logits that are NaN or make no law, {where}, in row {row} of the batch.",
+            "Every member must give finite logits to some token at every step.",
+            "look at that member alone: its weights are damaged, or its number type is too narrow (try float32).",
+        )
+
+    def in_generation(self, prompt_length: int) -> "BrokenLaw":
+        """The same error, counted in generated tokens from 1."""
+        return BrokenLaw(self.member, self.row, self.position, self.position + 2 - prompt_length)
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Next-token log-probabilities of all members at the same positions, float32, on the strong model's device.
+
+    strong, base    [row, vocab]
+    experts         [expert, row, vocab]
+    """
+
+    strong: Float[Tensor, "row vocab"]
+    base: Float[Tensor, "row vocab"]
+    experts: Float[Tensor, "expert row vocab"]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What one member reads: [batch, time] tokens and positions, and a mask that covers the cache, too."""
+
+    input_ids: Int[Tensor, "batch time"]
+    attention_mask: Int[Tensor, "batch all"] | None
+    position_ids: Int[Tensor, "rows time"]
+
+    def to(self, device: torch.device) -> dict[str, Any]:
+        """As keyword arguments for a model there."""
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return {
+            "input_ids": self.input_ids.to(device),
+            "attention_mask": mask,
+            "position_ids": self.position_ids.to(device),
+        }
+
+
+class Reader:
+    """The members as runs: members that share model, adapter and prompt are read once.
+
+    runs      what is forwarded at each step, the strong model first
+    run_of    for strong, base and each expert: its place in `runs`
+    """
+
+    def __init__(self, members: Members, forms: Mapping[str, PromptForm], vocab_size: int) -> None:
+        self._members, self._vocab_size = members, vocab_size
+        runs: dict[Any, Member] = {}
+        keys = [(id(m.model), m.adapter, forms.get(m.name, PromptForm())) for m in members]
+        for key, member in zip(keys, members, strict=True):
+            runs.setdefault(key, member)
+        self.runs = list(runs.values())
+        self.run_of = [list(runs).index(key) for key in keys]
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many positions a strategy gets at a time."""
+        return max(1, CHUNK_NUMBERS // (self._vocab_size * (len(self._members.experts) + 2)))
+
+    def new_cache(self, own: OwnPrompts | None = None, max_tokens: int | None = None) -> FusedCache:
+        """An empty cache; with room for `max_tokens` tokens from the start where they are given."""
+        configs = [run.model.config for run in self.runs]
+        return FusedCache.dynamic(configs, own) if max_tokens is None else FusedCache.static(configs, max_tokens, own)
+
+    def own_prompts(self, ids: Tensor, mask: Tensor, prompt_length: int) -> OwnPrompts:
+        """The runs' own prompts, from [batch, member, time]."""
+        names = [member.name for member in self._members]
+        return OwnPrompts.from_tensors(ids, mask, prompt_length, [names.index(run.name) for run in self.runs])
+
+    def room(self, prompt_tokens: Callable[[int], int]) -> tuple[int | None, str]:
+        """How many tokens can be generated before a member's context is full, and which member's.
+
+        prompt_tokens    run -> tokens of the longest prompt that it reads
+        """
+        # The last token that is generated need not be read.
+        rooms = [
+            (run.context + 1 - prompt_tokens(index), run.name)
+            for index, run in enumerate(self.runs)
+            if run.context is not None
+        ]
+        return min(rooms, default=(None, ""))
+
+    def logits(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: FusedCache | None = None,
+        own: OwnPrompts | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> list[Tensor]:
+        """Every run's logits, [batch, kept, rows of that member] each, on that member's device."""
+        past = cache.get_seq_length() if cache is not None else 0
+        if own is None:
+            positions = _positions(attention_mask, position_ids, input_ids, past)
+            feeds = [Feed(input_ids, attention_mask, positions)] * len(self.runs)
+        else:
+            feeds = [_own_feed(own, index, input_ids, attention_mask, past) for index in range(len(self.runs))]
+        views: Sequence[Any] = cache.views if cache is not None else [None] * len(self.runs)
+        reads = zip(self.runs, feeds, views, strict=True)
+        return [self.read(run, feed, view, logits_to_keep) for run, feed, view in reads]
+
+    def read(self, run: Member, feed: Feed, view: Any = None, logits_to_keep: int | Tensor = 0) -> Tensor:
+        """One member's logits [batch, kept, its rows]."""
+        _check_context(run, feed)
+        switch = self._members.switch(run)
+        if switch is not None:
+            switch.select(run.adapter)
+        device = run.model.device
+        keep = logits_to_keep.to(device) if isinstance(logits_to_keep, Tensor) else logits_to_keep
+        output = run.model(**feed.to(device), past_key_values=view, use_cache=view is not None, logits_to_keep=keep)
+        return output.logits  # type: ignore[no-any-return]
+
+    def read_alone(self, member: Member, input_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
+        """One member's logits on some tokens, without padding, cache or own prompt."""
+        feed = Feed(input_ids, None, _positions(None, None, input_ids, 0))
+        with torch.no_grad():
+            return self.read(member, feed)[..., : self._vocab_size].float().cpu()
+
+    def laws(
+        self, logits: Sequence[Tensor], end: int, is_real: Tensor | None = None
+    ) -> Iterator[tuple[Int[Tensor, " row"], Laws]]:
+        """The members' laws from their runs' logits [batch, kept, ...], a chunk of positions at a time.
+
+        end       position after the last one kept, for the message
+        is_real   [batch, kept]; positions to leave out are 0; None: take all
+        yields    (places among the batch * kept positions, their laws)
+        raises    BrokenLaw, naming the member
+        """
+        batch, kept = logits[0].shape[:2]
+        flat = [scores.reshape(batch * kept, scores.shape[-1]) for scores in logits]
+        every = torch.arange(batch * kept)
+        wanted = every if is_real is None else is_real.flatten().cpu().nonzero().flatten()
+        for rows in torch.split(wanted, self.chunk_rows):
+            # All of them at once is the usual step of a generation: nothing to pick, nothing to copy.
+            picked = flat if len(rows) == len(every) else [scores[rows.to(scores.device)] for scores in flat]
+            yield rows, self._laws(picked, rows, kept, end - kept)
+
+    def _laws(self, logits: Sequence[Tensor], rows: Tensor, kept: int, start: int) -> Laws:
+        device = logits[0].device
+        laws = [scores[:, : self._vocab_size].to(device, torch.float32).log_softmax(dim=-1) for scores in logits]
+        # One NaN makes its whole row NaN in the log-softmax, and so does a row of nothing but -inf: one column tells.
+        broken = torch.stack([law[:, 0] for law in laws]).isnan()
+        if bool(broken.any()):
+            run, row = broken.nonzero()[0].tolist()
+            place = int(rows[row])
+            raise BrokenLaw(self.runs[run].name, row=place // kept, position=start + place % kept)
+        strong, base, *experts = (laws[run] for run in self.run_of)
+        return Laws(strong, base, torch.stack(experts) if experts else strong.new_empty((0, *strong.shape)))
+
+
+def _positions(mask: Tensor | None, given: Tensor | None, input_ids: Tensor, past: int) -> Tensor:
+    """[rows, time]: as given, or counted from the mask, or from the cache."""
+    if given is not None:
+        return given
+    if mask is None:
+        return torch.arange(past, past + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    return positions_of(mask)[:, -input_ids.shape[1] :]
+
+
+def _own_feed(own: OwnPrompts, run: int, input_ids: Tensor, mask: Tensor | None, past: int) -> Feed:
+    """A run's own prompt in place of the shared one, then the shared tokens after it."""
+    ids = input_ids if past else torch.cat([own.ids[run], input_ids[:, own.shared_length :]], dim=-1)
+    generated = past + input_ids.shape[1] - own.shared_length
+    after = own.masks[run].new_ones((own.masks[run].shape[0], generated))
+    if mask is not None:
+        after = mask[:, own.shared_length :].to(after)
+    full = torch.cat([own.masks[run], after], dim=-1)
+    return Feed(ids, full, positions_of(full)[:, -ids.shape[1] :])
+
+
+def _check_context(run: Member, feed: Feed) -> None:
+    width = feed.attention_mask.shape[1] if feed.attention_mask is not None else None
+    # Padding does not count, so positions decide; they are looked at only where the padded width leaves a doubt.
+    if run.context is None or (width is not None and width <= run.context):
+        return
+    tokens = int(feed.position_ids.max()) + 1
+    if tokens > run.context:
+        raise too_long(run.name, tokens, run.context)
+
+
+def too_long(member: str, tokens: int, limit: int) -> ContextTooLong:
+    """The error for more tokens than a member can read."""
+    return ContextTooLong(
+        f"the text has {tokens} tokens, member '{member}' can read {limit}.",
+        "All members read the whole text.",
+        f"shorten the prompt or generate less, or leave '{member}' out.",
+    )
+
+
+def kept_after_prompt(
+    own: OwnPrompts, new_tokens: int, past: int, logits_to_keep: int | Tensor, wants_all: bool
+) -> int:
+    """How many last positions to score where members read own prompts: inside the prompt there is nothing to fuse.
+
+    wants_all    0 then stands for everything from the prompt's last token on
+    """
+    if past == 0 and new_tokens < own.shared_length:
+        raise BadSetting(
+            f"{new_tokens} tokens came in, but the prompt has {own.shared_length}.",
+            "Members with prompts of their own read the prompt as a whole.",
+            "pass the whole prompt at once.",
+        )
+    available = new_tokens if past else new_tokens - own.shared_length + 1
+    if isinstance(logits_to_keep, int) and 0 < logits_to_keep <= available:
+        return logits_to_keep
+    if isinstance(logits_to_keep, int) and logits_to_keep == 0 and (wants_all or past):
+        return available
+    raise BadSetting(
+        "logits inside the prompt are asked for, but members read prompts of their own there.",
+        "Their positions do not correspond.",
+        f"pass logits_to_keep={available}, the positions from the prompt's last token on, or fewer.",
+    )

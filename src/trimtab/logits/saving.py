@@ -1,0 +1,143 @@
+"""A fused directory: config.json with references, and the tokenizer. Written beside, then renamed; no weights."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.core.errors import BadSetting, UnreadableModel
+from trimtab.logits import references
+from trimtab.logits.config import FusedConfig
+from trimtab.logits.members import Members, saved_reference
+from trimtab.logits.prompts import PromptForm, read_form
+from trimtab.logits.references import Reference
+
+NOTHING_MISSING: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+
+
+def make_config(members: Members, tokenizer: Any, vocab_size: int) -> FusedConfig:
+    """The configuration that these members give: special tokens, vocabulary, the shortest context."""
+    contexts = [member.context for member in members if member.context is not None]
+    ends = _end_ids(members, vocab_size)
+    bos, pad = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "pad_token_id", None)
+    strong = members.strong.model.generation_config
+    pad = pad if pad is not None else strong.pad_token_id
+    return FusedConfig(
+        architectures=["FusedCausalLM"],
+        vocab_size=vocab_size,
+        max_position_embeddings=min(contexts, default=None),
+        bos_token_id=bos if bos is not None else strong.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=pad if pad is not None else (ends[0] if ends else None),
+        dtype=members.strong.model.dtype,
+    )
+
+
+def _end_ids(members: Members, vocab_size: int) -> list[int]:
+    """Where any member ends its text, the fused text ends: a chat expert may end turns with a token of its own."""
+    found: dict[int, None] = {}
+    for member in members:
+        ends = member.model.generation_config.eos_token_id
+        listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        tokenizer_end = getattr(member.tokenizer, "eos_token_id", None)
+        found |= dict.fromkeys(listed + ([] if tokenizer_end is None else [tokenizer_end]))
+    return [end for end in found if 0 <= end < vocab_size]
+
+
+def read_forms(members: Members, tokenizer: Any, prompts: Mapping[str, Any]) -> dict[str, PromptForm]:
+    """The prompt forms of members that have one; "chat" is the template beside the member, else the shared one."""
+    by_name = {member.name: member for member in members}
+    for name in prompts:
+        if name not in by_name:
+            raise BadSetting(
+                f"there is a prompt for '{name}', but no such member.", f"Members: {', '.join(by_name)}.", "rename it."
+            )
+    forms = {}
+    for name, spec in prompts.items():
+        template = getattr(by_name[name].tokenizer, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        forms[name] = read_form(name, spec, template)
+    if any(not form.is_plain for form in forms.values()) and tokenizer is None:
+        raise BadSetting("members have prompts of their own, but there is no tokenizer.", fix="pass tokenizer=....")
+    return forms
+
+
+def read_config(directory: Path) -> FusedConfig:
+    """The configuration in a fused directory.
+
+    raises    UnreadableModel when there is none, or it is another model's
+    """
+    if not (directory / "config.json").is_file():
+        raise UnreadableModel(
+            f"'{directory}' is no fused directory: it holds no config.json.",
+            "A fused directory is what FusedCausalLM.save_pretrained or `trimtab fuse` writes.",
+            "correct the path, or make it with `trimtab fuse`.",
+        )
+    content = references.read_json(directory / "config.json")
+    if content.get("model_type") != FusedConfig.model_type:
+        raise UnreadableModel(
+            f"'{directory}' is a model of type '{content.get('model_type')}', not a fused one.",
+            "A fused directory's config.json says model_type 'trimtab'.",
+            "open it with AutoModelForCausalLM, or make a fused directory with `trimtab fuse`.",
+        )
+    missing = [name for name in ("strong", "base", "experts", "strategy") if content.get(name) is None]
+    if missing:
+        raise UnreadableModel(
+            f"the config.json in '{directory}' lacks {', '.join(missing)}.", fix="make the fused directory again."
+        )
+    return FusedConfig(**content)
+
+
+def references_of(config: FusedConfig) -> tuple[Reference, Reference, dict[str, Reference]]:
+    """Strong, base and experts as the configuration names them."""
+    try:
+        strong, base = Reference(**config.strong or {}), Reference(**config.base or {})
+        return strong, base, {name: Reference(**part) for name, part in (config.experts or {}).items()}
+    except TypeError as error:
+        raise UnreadableModel(f"a reference in config.json cannot be read: {error}.", fix="fuse again.") from error
+
+
+def write_directory(config: FusedConfig, members: Members, tokenizer: Any, target: Path, overwrite: bool) -> None:
+    """Writes config.json and tokenizer; whoever looks meanwhile sees the old directory or the new one, never a half.
+
+    config    strategy and prompts are in it; the references are filled in here
+    """
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        _check_replaceable(target, overwrite)
+    found = {member.name: saved_reference(member) for member in members}
+    written = {name: references.as_written(*pair, target).to_dict() for name, pair in found.items()}
+    config.strong, config.base = written.pop("strong"), written.pop("base")
+    config.experts = written
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(beside))
+        config.save_pretrained(str(beside))
+        beside.chmod(0o755)
+        if target.exists():
+            # The directory may hold the members themselves, so its files are replaced one by one, config.json last.
+            target.mkdir(exist_ok=True)
+            for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, target / file.name)
+        else:
+            os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    is_fused = (target / "config.json").is_file() and (
+        references.read_json(target / "config.json").get("model_type") == FusedConfig.model_type
+    )
+    if not target.is_dir() or ((target / "config.json").is_file() and not is_fused):
+        raise BadSetting(
+            f"'{target}' is {'another model' if target.is_dir() else 'a file'}.",
+            "A fused model is written to a directory of its own.",
+            "choose another directory.",
+        )
+    if is_fused and not overwrite:
+        raise BadSetting(
+            f"'{target}' holds a fused model already.", "Nothing is overwritten unasked.", "pass overwrite=True."
+        )
