@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_models import make_model, make_tokenizer
 
+from tiny_models import make_model, make_tokenizer
 from trimtab.core.errors import EmptyPrompt
 from trimtab.measure import evaluation
 

@@ -16,7 +16,7 @@ from trimtab.measure import pages
 Trace = Mapping[str, Any]
 Step = Mapping[str, Any]
 NUM_COLOURS = 8
-CHART_HEIGHT, CHART_TOP, KL_HEIGHT = 110, 14, 54
+CHART_HEIGHT, CHART_TOP, KL_HEIGHT = 110.0, 14.0, 54.0
 
 
 def explain_page(trace: Trace) -> str:
@@ -179,10 +179,10 @@ def _chart(trace: Trace, has_alpha: bool) -> str:
     """Alpha upwards, KL(fused || strong) downwards, one column per step."""
     steps, scales = trace["steps"], _scales(trace)
     width = max(7.0, min(26.0, 640 / max(1, len(steps))))
-    up, left = (CHART_HEIGHT if has_alpha else 0), 34
+    up, left = (CHART_HEIGHT if has_alpha else 0.0), 34.0
     floor = CHART_TOP + up
     total_width, total_height = left + width * len(steps) + 8, floor + KL_HEIGHT + 22
-    parts = [f'<svg width="{total_width:.0f}" height="{total_height}" role="img">']
+    parts = [f'<svg width="{total_width:.0f}" height="{total_height:.0f}" role="img">']
     if has_alpha:
         for mark in (0.0, scales["alpha_top"] / 2, scales["alpha_top"]):
             y = floor - up * mark / scales["alpha_top"]
