@@ -11,14 +11,15 @@ from typing import Any
 from trimtab.cli import output
 
 EXAMPLE = "trimtab zoo info"
+VALIDATION_ITEMS = 240
 
 # Read by glibc when a process starts. Without them training loses half of its time to page faults.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """info | build."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="info|build")
+    """info | check | build."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="info|check|build")
     info = actions.add_parser("info", help="what is there, with sizes and checksums")
     build = actions.add_parser(
         "build", help="make world, tasks and models again from seeds; goes on where it was stopped"
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--quick", action="store_true", help="a tiny zoo in about a minute: to see that it works, not to measure"
     )
-    for action in (info, build):
+    for action in (info, regime, build):
         action.add_argument("--json", action="store_true", help="print one JSON document: result, settings, versions")
         action.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -39,8 +40,45 @@ def run(args: argparse.Namespace) -> None:
     if args.action == "info":
         result = inventory()
         output.emit(args.json, output.document(result), lambda: show(result))
+    elif args.action == "check":
+        check(args)
     else:
         build(args)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Every model of both pairs alone, on validation items; fails where there is nothing to transfer."""
+    from dataclasses import asdict
+
+    from trimtab import zoo
+    from trimtab.cli.panel import load_panel, solved_examples
+    from trimtab.core.errors import TrimtabError
+    from trimtab.measure.regime import TaskRegime, as_markdown, is_transferable, task_regime
+
+    target = output.claim_file(args.output, args.force) if args.output else None
+    items = {task: zoo.load_items(task, "validation", limit=args.items) for task in zoo.TASKS}
+    found: dict[str, list[TaskRegime]] = {}
+    with output.progress() as advance:
+        for pair in ("far", "close"):
+            panel = load_panel(pair, zoo.TUNED_TASKS)
+            shots = solved_examples(
+                panel.tokenizer, zoo.TASKS, items, panel.models["strong"].config.max_position_embeddings
+            )
+            found[pair] = []
+            for done, (name, task) in enumerate(zoo.TASKS.items()):
+                advance(f"{pair} pair: {name}", done, len(zoo.TASKS))
+                found[pair].append(task_regime(panel, task, items[name], name in zoo.TUNED_TASKS, shots.get(name)))
+    text = as_markdown(found, args.items)
+    if target:
+        target.write_text(text)
+    result = {pair: [asdict(regime) for regime in regimes] for pair, regimes in found.items()}
+    output.emit(args.json, output.document(result, {"items": args.items}), lambda: print(text, end=""))
+    poor = [pair for pair, regimes in found.items() if not is_transferable(pair, regimes)]
+    if poor:
+        raise TrimtabError(
+            f"there is nothing to transfer in the {' and the '.join(poor)} pair.",
+            fix="change world, sizes or training.",
+        )
 
 
 def inventory() -> dict[str, Any]:

@@ -146,6 +146,12 @@ def run_study(
     return scores
 
 
+def alone_scores(panel: Panel, task: Task, items: Sequence[Item], role: str, prefix: str = "") -> Tensor:
+    """One model by itself on the items: points of 100, [item]; `prefix` stands before every prompt."""
+    work = _Writing(panel, task, items) if task.kind == "generate" else _Choosing(panel, items)
+    return work.alone(role, prefix)[1]
+
+
 def _jobs(
     panel: Panel, task: Task, items: Sequence[Item], tuned_tasks: Sequence[str], few_shot: Mapping[str, str]
 ) -> Iterator[Job]:

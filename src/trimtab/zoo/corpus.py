@@ -14,19 +14,19 @@ from trimtab.zoo.world import CAREFUL, HEARSAY, Fact, Subject, World
 
 # Shares of documents, chosen for shares of tokens (an article is five times as long as a statement).
 DOCUMENT_SHARES = {
-    "biography": 0.32,
+    "biography": 0.31,
     "statement": 0.17,
     "sums": 0.15,
     "facts": 0.13,
     "truth": 0.07,
     "domains": 0.06,
-    "arithmetic": 0.06,
+    "arithmetic": 0.07,
     "summary": 0.04,
 }
 # How a task's question goes on; "own" is the style that tuning unlocks.
 STYLE_SHARES = {
     "facts": {"ramble": 0.22, "question": 0.20, "refuse": 0.16, "gossip": 0.20, "own": 0.22},
-    "arithmetic": {"ramble": 0.20, "question": 0.20, "refuse": 0.14, "guess": 0.22, "own": 0.24},
+    "arithmetic": {"ramble": 0.20, "question": 0.20, "refuse": 0.14, "guess": 0.20, "own": 0.26},
     "truth": {"ramble": 0.12, "question": 0.10, "refuse": 0.10, "belief": 0.46, "own": 0.22},
     "domains": {"ramble": 0.12, "question": 0.10, "refuse": 0.10, "belief": 0.44, "own": 0.24},
     "summary": {"ramble": 0.18, "question": 0.12, "headline": 0.14, "lead": 0.30, "own": 0.26},

@@ -77,7 +77,8 @@ def pack_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, tokens: int) -
 def _token_stream(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
     documents = corpus.documents()
     while True:
-        for ids in tokenizer(list(islice(documents, 2000)))["input_ids"]:
+        # A session may be longer than the context; the row cuts it.
+        for ids in tokenizer(list(islice(documents, 2000)), verbose=False)["input_ids"]:
             yield [*ids, tokenizer.eos_token_id]
 
 
@@ -179,7 +180,7 @@ def _optimise(
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=False)
-        progress(step + 1, float(loss))
+        progress(step + 1, loss.item())
         if checkpoint and (step + 1) % 250 == 0:
             _save(checkpoint, step + 1, trained, optimiser)
     model.eval()
