@@ -1,8 +1,8 @@
 """Fused models of tiny random members, and the margin rule for comparing tokens."""
 
-import tiny
 import torch
 
+import tiny
 from trimtab import FusedCausalLM
 
 PROMPTS = ["Where does Ada live?", "Q: 12+7", "The quick brown fox (a small one) sleeps."]

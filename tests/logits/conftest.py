@@ -1,6 +1,7 @@
 """Members and fused models that several tests share."""
 
 import pytest
+
 import tiny
 from fusing import fuse
 

@@ -1,11 +1,11 @@
 """What holds for every model of transformers holds for a fused one: with and without cache, in batches, with beams."""
 
 import pytest
-import tiny
 import torch
-from fusing import PROMPTS, check_same_tokens, fuse, new_tokens
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+import tiny
+from fusing import PROMPTS, check_same_tokens, fuse, new_tokens
 from trimtab.core.errors import BadSetting
 
 PAIRS = [("llama", kind) for kind in tiny.KINDS] + [(kind, "llama") for kind in tiny.KINDS[1:]] + [("gemma2", "gpt2")]
