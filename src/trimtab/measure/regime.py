@@ -1,8 +1,8 @@
 """Is there anything to transfer? Answered on validation items, before any fused score is looked at.
 
 Logit fusion can only move what tuning taught. It needs a strong model that knows more than the small ones (its
-*latent* skill, shown by solved examples in the prompt), that does not show it by itself (*strong* below *ceiling*), and a ceiling
-above each small expert. Where that does not hold, world, sizes or training must change, not the method.
+*latent* skill, shown by solved examples in the prompt), that does not show it by itself (*strong* below *ceiling*), and
+a ceiling above each small expert. Where that does not hold, world, sizes or training must change, not the method.
 """
 
 from collections.abc import Mapping, Sequence
