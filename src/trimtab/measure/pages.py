@@ -31,7 +31,7 @@ def text(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | int | None, digits: int = 3) -> str:
     """A number for a reader: a dash for none, the sign for infinity."""
     if value is None or math.isnan(value):
         return "–"

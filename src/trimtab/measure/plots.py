@@ -35,7 +35,7 @@ COLUMN_COLOURS = {
 
 def alpha_plot(trace: Mapping[str, Any], file: Path) -> None:
     """Alpha of every expert (up) and KL(fused || strong) (down) over the steps of one answer; see `explain_page`."""
-    figure, (top, bottom) = _figure(2, 1, (11, 4.6), sharex=True, height_ratios=(2, 1))
+    figure, (top, bottom) = _figure(2, 1, (11.0, 4.6), sharex=True, height_ratios=(2, 1))
     steps = trace["steps"]
     places = range(len(steps))
     if any(total_alpha(step) is not None for step in steps):

@@ -116,7 +116,7 @@ def html_table(grid: tables.Grid) -> str:
     for row in grid.rows:
         kind = "is-ours" if row.column == "dynamic" else "is-reference" if row.is_reference else ""
         cells = "".join(
-            f'<td data-head="{pages.text(name)}"{" class=is-best" if cell.is_best else ""}>{pages.text(cell.text)}'
+            f'<td data-head="{pages.text(name)}"{" class=is-best" if cell.is_best else ""}>{_figure(cell)}'
             f"{f'<small>{pages.text(cell.interval)}</small>' if cell.interval else ''}</td>"
             for name, cell in zip(grid.heads, row.cells, strict=True)
         )
@@ -125,6 +125,10 @@ def html_table(grid: tables.Grid) -> str:
         )
     body = "".join(lines)
     return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(cell: tables.Cell) -> str:
+    return f"<b>{pages.text(cell.text)}</b>" if cell.is_best else pages.text(cell.text)
 
 
 def paper_grid(document: Mapping[str, Any]) -> tables.Grid:

@@ -62,7 +62,7 @@ def unseen_grids(document: Document) -> list[Grid]:
         spans = document["intervals"]["unseen"][task]
         best = _best({c: {task: v} for c, v in scores.items()}, task)
         rows = [
-            Row(c, name_of(c), _is_reference(c), (_cell(v, spans.get(c), 1, c == best),)) for c, v in scores.items()
+            Row(c, name_of(c), _is_reference(c), (_cell(v, spans.get(c), 1, c in best),)) for c, v in scores.items()
         ]
         grids.append(Grid(f"Unseen by every expert: {task}", (task,), tuple(rows)))
     return grids
@@ -99,9 +99,9 @@ def _grid(
     best = {task: _best(values, task) for task in tasks} | {"average": _best(average, "average")}
     rows = []
     for column in values:
-        cells = [_cell(values[column].get(t), spans[column].get(t), 1, best[t] == column) for t in tasks]
+        cells = [_cell(values[column].get(t), spans[column].get(t), 1, column in best[t]) for t in tasks]
         mean = average.get(column, {}).get("average")
-        cells.append(_cell(mean, between["average"].get(table, {}).get(column), 1, best["average"] == column))
+        cells.append(_cell(mean, between["average"].get(table, {}).get(column), 1, column in best["average"]))
         cells.append(_cell(ratio.get(column), between["ratio"].get(table, {}).get(column), 3))
         cells.append(_cell(pgr.get(column), between["pgr"].get(table, {}).get(column), 2))
         rows.append(Row(column, name_of(column), _is_reference(column), tuple(cells)))
@@ -112,10 +112,11 @@ def _is_reference(column: str) -> bool:
     return column in REFERENCES or "/" in column
 
 
-def _best(values: Mapping[str, Mapping[str, float | None]], task: str) -> str | None:
-    """The strategy with the best figure in a column; models alone do not compete."""
+def _best(values: Mapping[str, Mapping[str, float | None]], task: str) -> set[str]:
+    """The strategies with the best figure in a column, all that are equal; models alone do not compete."""
     rivals = {c: v[task] for c, v in values.items() if not _is_reference(c) and v.get(task) is not None}
-    return max(rivals, key=lambda column: rivals[column] or 0.0, default=None)
+    top = max((value for value in rivals.values() if value is not None), default=None)
+    return {column for column, value in rivals.items() if value == top}
 
 
 def _cell(value: float | None, span: Any, digits: int, is_best: bool = False) -> Cell:
