@@ -9,11 +9,16 @@ so both divergences grow with a. Here d is centred first, d := d - A'(0): the la
 so that KL(p || p_a) is A(a) itself and nothing cancels for small a.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, linalg
+
+# On a CPU the vocabulary is walked in slices of this many numbers: larger temporaries go back to the system after
+# every operation, and the page faults then cost several times the arithmetic.
+CPU_SLICE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -28,40 +33,65 @@ class Moments:
     @property
     def kl_nats(self) -> Float[Tensor, "*rows"]:
         """KL(p_a || p)."""
-        return (self.alpha * self.mean - self.log_partition).clamp_min(0.0)
+        return self.alpha * self.mean - self.log_partition
 
     @property
     def reverse_kl_nats(self) -> Float[Tensor, "*rows"]:
         """KL(p || p_a)."""
-        return self.log_partition.clamp_min(0.0)
+        return self.log_partition
 
 
 class TiltedFamily:
     """One family per row, evaluated at one alpha per row; counts its evaluations.
 
-    strong  [batch, vocab]       log-probabilities of p
-    delta   [..., batch, vocab]  d, finite everywhere, 0 where p is 0
+    strong  [batch, vocab]              log-probabilities of p; a constant added to a row cancels
+    delta   [batch, vocab] or [expert, batch, vocab]    d, finite everywhere
     """
+
+    strong: Float[Tensor, "batch vocab"]
+    delta: Float[Tensor, "*expert batch vocab"]
 
     def __init__(self, strong: Float[Tensor, "batch vocab"], delta: Float[Tensor, "*expert batch vocab"]) -> None:
         wide = wide_type(strong)
         self.strong = strong.to(wide).log_softmax(dim=-1)
-        delta = delta.to(wide)
+        # A token that p rules out plays no part; a delta of 0 there keeps the sums free of it.
+        delta = delta.to(wide).masked_fill(self.strong == -torch.inf, 0.0)
         self.delta = delta - linalg.vecdot(self.strong.softmax(dim=-1), delta).unsqueeze(-1)
-        self.evaluations = 0
+        self._count = [0]
+
+    @property
+    def evaluations(self) -> int:
+        """How often the family was evaluated: passes over the vocabulary."""
+        return self._count[0]
 
     def at(self, alpha: Float[Tensor, "*expert batch"]) -> Moments:
-        """A, A' and A'' at alpha, all [..., batch]; costs one pass over the vocabulary."""
-        self.evaluations += 1
-        tilted = (alpha.unsqueeze(-1) * self.delta).add_(self.strong)
-        probs = tilted.softmax(dim=-1)
-        # The most likely token's unnormalised minus its normalised log-probability is A: cheaper than a log-sum-exp.
-        log_partition = tilted.amax(dim=-1) - probs.amax(dim=-1).log()
-        mean = linalg.vecdot(probs, self.delta)
-        variance = linalg.vecdot(probs.mul_(self.delta), self.delta) - mean.square()
-        return Moments(alpha, log_partition, mean, variance.clamp_min(0.0))
+        """A, A' and A'' at alpha, one number per row; costs one pass over the vocabulary."""
+        self._count[0] += 1
+        parts = [
+            _moments(alpha_part, strong, delta)
+            for alpha_part, strong, delta in self._slices(alpha.reshape(-1, alpha.shape[-1]))
+        ]
+        log_partition, mean, variance = torch.cat(parts, dim=-1).view(3, *alpha.shape)
+        return Moments(alpha, log_partition, mean, variance)
 
-    def law(self, alpha: Float[Tensor, "expert batch"], expert: Tensor) -> Float[Tensor, "batch vocab"]:
+    def _slices(self, alpha: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The rows in order, in slices that are small on a CPU and as large as can be elsewhere."""
+        batch, vocab = self.strong.shape
+        rows = max(1, CPU_SLICE // vocab) if self.strong.device.type == "cpu" else batch
+        for alphas, delta in zip(alpha, self.delta.reshape(-1, batch, vocab), strict=True):
+            for start in range(0, batch, rows):
+                piece = slice(start, start + rows)
+                yield alphas[piece], self.strong[piece], delta[piece]
+
+    def take(self, row: Int[Tensor, " row"]) -> "TiltedFamily":
+        """Some rows as a family of their own, `row` [row] counting through [expert, batch]; evaluations are shared."""
+        some = object.__new__(TiltedFamily)
+        some.strong = self.strong[row % self.strong.shape[0]]
+        some.delta = self.delta.reshape(-1, self.delta.shape[-1])[row]
+        some._count = self._count
+        return some
+
+    def law(self, alpha: Float[Tensor, "expert batch"], expert: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         """Log-probabilities of p_a for one expert per row.
 
         alpha    [expert, batch]
@@ -70,6 +100,17 @@ class TiltedFamily:
         """
         delta = take_expert(self.delta, expert)
         return (self.strong + take_expert(alpha, expert).unsqueeze(-1) * delta).log_softmax(dim=-1)
+
+
+def _moments(alpha: Tensor, strong: Tensor, delta: Tensor) -> Tensor:
+    """A, A' and A'' stacked, [3, row], of rows [row, vocab] at alpha [row]."""
+    tilted = (alpha.unsqueeze(-1) * delta).add_(strong)
+    probs = tilted.softmax(dim=-1)
+    # The likeliest token's unnormalised minus its normalised log-probability is A: cheaper than a log-sum-exp.
+    log_partition = tilted.amax(dim=-1) - probs.amax(dim=-1).log()
+    mean = linalg.vecdot(probs, delta)
+    variance = linalg.vecdot(probs.mul_(delta), delta) - mean.square()
+    return torch.stack([log_partition, mean, variance.clamp_min(0.0)])
 
 
 def take_expert(values: Tensor, expert: Tensor) -> Tensor:
