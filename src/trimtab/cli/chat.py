@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read a message, stream the answer, until /quit or the end of stdin."""
     fused = options.open_fused(args)
-    sampling = options.sampling_of(args)
+    sampling, stops = options.sampling_of(args), options.stops_of(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []
     messages: list[dict[str, str]] = list(opening)
     said: list[dict[str, str]] = []
@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> None:
         elif line:
             messages.append({"role": "user", "content": line})
             encoded = encode_within(fused, messages, len(opening), args.max_new_tokens)
-            text = answer(fused, encoded, sampling, is_silent=args.json)
+            text = answer(fused, encoded, stops, sampling, is_silent=args.json)
             messages.append({"role": "assistant", "content": text})
             said += messages[-2:]
     if args.json:
-        settings = {"strategy": fused.strategy.to_dict(), "system": args.system, **sampling}
+        settings = {"strategy": fused.strategy.to_dict(), "system": args.system, "stop": stops, **sampling}
         output.emit(True, output.document(said, settings, args.seed), lambda: None)
 
 
@@ -69,13 +69,13 @@ def encode_within(fused: Any, messages: list[dict[str, str]], num_opening: int, 
     return encoded
 
 
-def answer(fused: Any, encoded: dict[str, Any], sampling: dict[str, Any], is_silent: bool) -> str:
+def answer(fused: Any, encoded: dict[str, Any], stops: list[str], sampling: dict[str, Any], is_silent: bool) -> str:
     """One answer, shown while it is written."""
     import torch
     from transformers import TextStreamer
 
     streamer = None if is_silent else TextStreamer(fused.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
-        token_ids = fused.generate(**encoded, streamer=streamer, **sampling)
+        token_ids = fused.generate(**encoded, streamer=streamer, **options.stopping(fused.tokenizer, stops), **sampling)
     written = token_ids[0, encoded["input_ids"].shape[1] :]
-    return str(fused.tokenizer.decode(written, skip_special_tokens=True)).strip()
+    return options.cut(str(fused.tokenizer.decode(written, skip_special_tokens=True)), stops).strip()

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     take_prompt_from_model(args)
     if len(args.prompts) != 1:
         raise InputError(f"{len(args.prompts)} prompts were given.", "A page explains one answer.", "give one prompt.")
-    prompt = args.prompts[0].replace("\\n", "\n")
+    prompt = options.unescaped(args.prompts[0])
     if not prompt:
         raise EmptyPrompt("the prompt is empty.", "There is nothing to continue.", "give at least one token.")
     page = output.claim_file(args.output, args.force)

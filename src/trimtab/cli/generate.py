@@ -36,12 +36,19 @@ def run(args: argparse.Namespace) -> None:
             "At temperature 0 all continuations are the same.",
             "add --temperature 1.",
         )
-    prompts = [prompt.replace("\\n", "\n") for prompt in options.prompts_from(args.prompts, args.file)]
+    prompts = options.prompts_from(args.prompts, args.file)
     fused = options.open_fused(args)
     sampling = options.sampling_of(args)
-    texts = continuations(fused, prompts, args.chat, args.samples, sampling)
+    stops = options.stops_of(args)
+    texts = continuations(fused, prompts, args.chat, args.samples, stops, sampling)
     result = [{"prompt": prompt, "texts": found} for prompt, found in zip(prompts, texts, strict=True)]
-    settings = {"strategy": fused.strategy.to_dict(), "chat": args.chat, "samples": args.samples, **sampling}
+    settings = {
+        "strategy": fused.strategy.to_dict(),
+        "chat": args.chat,
+        "samples": args.samples,
+        "stop": stops,
+        **sampling,
+    }
     output.emit(args.json, output.document(result, settings, args.seed), lambda: show(texts))
 
 
@@ -53,7 +60,7 @@ def take_prompt_from_model(args: argparse.Namespace) -> None:
 
 
 def continuations(
-    fused: Any, prompts: list[str], is_chat: bool, samples: int, sampling: dict[str, Any]
+    fused: Any, prompts: list[str], is_chat: bool, samples: int, stops: list[str], sampling: dict[str, Any]
 ) -> list[list[str]]:
     """For each prompt its continuations as text."""
     import torch
@@ -61,9 +68,11 @@ def continuations(
     asked: list[Any] = [[{"role": "user", "content": prompt}] for prompt in prompts] if is_chat else list(prompts)
     encoded = fused.encode(asked)
     with torch.inference_mode():
-        token_ids = fused.generate(**encoded, num_return_sequences=samples, **sampling)
+        token_ids = fused.generate(
+            **encoded, num_return_sequences=samples, **options.stopping(fused.tokenizer, stops), **sampling
+        )
     written = token_ids[:, encoded["input_ids"].shape[1] :]
-    texts = fused.tokenizer.batch_decode(written, skip_special_tokens=True)
+    texts = [options.cut(text, stops) for text in fused.tokenizer.batch_decode(written, skip_special_tokens=True)]
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
 

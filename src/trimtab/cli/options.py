@@ -192,6 +192,36 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> N
     group.add_argument("--top-p", type=share, metavar="SHARE", help="sample among the likeliest tokens of this mass")
     group.add_argument("--top-k", type=positive, metavar="N", help="sample among the N likeliest tokens")
     group.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    group.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end an answer before this text; \\n is a line break",
+    )
+
+
+def unescaped(text: str) -> str:
+    """A text as typed in a shell: \\n stands for a line break."""
+    return text.replace("\\n", "\n")
+
+
+def stops_of(args: argparse.Namespace) -> list[str]:
+    """The texts that end an answer."""
+    stops = [unescaped(stop) for stop in args.stop]
+    if not all(stops):
+        raise InputError("--stop was given an empty text.", "It would end every answer at once.", "leave it out.")
+    return stops
+
+
+def stopping(tokenizer: Any, stops: list[str]) -> dict[str, Any]:
+    """Keyword arguments for `generate` that end an answer at any of these texts."""
+    return {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The text before the first of the stops."""
+    return text[: min([text.index(stop) for stop in stops if stop in text], default=len(text))]
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -256,11 +286,11 @@ def prompts_from(texts: list[str], file: Path | None) -> list[str]:
     if texts and file:
         raise InputError("prompts were given both as arguments and as a file.", fix="give one or the other.")
     if texts:
-        return texts
+        return [unescaped(text) for text in texts]
     if file is None:
         if sys.stdin.isatty():
             raise InputError("no prompt was given.", fix='add one: "Q: ...", or pipe one per line, or --file F.jsonl.')
-        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        return [unescaped(line.rstrip("\n")) for line in sys.stdin if line.strip()]
     prompts = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

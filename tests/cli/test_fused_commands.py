@@ -1,0 +1,286 @@
+"""fuse, generate, chat, explain and eval on tiny real models."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from trimtab import FusedCausalLM
+
+PROMPT = "Q: Where does Ada Moss live?\\nA:"
+READ = PROMPT.replace("\\n", "\n")
+
+
+def greedy(fused, prompt: str, count: int = 6) -> str:
+    return fused.generate_text(prompt, max_new_tokens=count, do_sample=False)[0]
+
+
+# --- fuse ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fused_directory_opens_with_the_settings_it_was_given(run, inline, tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    ran = run(
+        "fuse", *inline, "--strategy", "dynamic", "--chooser", "confident", "--alpha-max", "1.5", "-o", folder, "--json"
+    )
+    assert ran.code == 0
+    document = ran.json()
+    assert document["result"]["directory"] == str(folder)
+    strategy = FusedCausalLM.from_pretrained(folder).strategy.to_dict()
+    assert strategy == document["settings"]["strategy"]
+    assert strategy == {"amount": "dynamic", "chooser": "confident", "settings": {"alpha_max": 1.5}}
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_alphas_can_be_given_per_expert(run, inline, tmp_path: Path) -> None:
+    words = ["--strategy", "static", "--chooser", "sum", "--alpha", "facts=0.5,sums=1.5"]
+    assert run("fuse", *inline, *words, "-o", tmp_path / "made").code == 0
+    settings = FusedCausalLM.from_pretrained(tmp_path / "made").strategy.to_dict()["settings"]
+    assert settings["alpha"] == {"facts": 0.5, "sums": 1.5}
+
+
+def test_the_speaker_of_the_chooser_only_has_its_own_flag(run, inline, tmp_path: Path) -> None:
+    assert run("fuse", *inline, "--chooser", "only", "--speaker", "sums", "-o", tmp_path / "made").code == 0
+    assert FusedCausalLM.from_pretrained(tmp_path / "made").strategy.to_dict()["settings"]["expert"] == "sums"
+
+
+def test_nothing_is_overwritten_without_force(run, inline, fused_dir, tmp_path: Path) -> None:
+    ran = run("fuse", *inline, "-o", fused_dir)
+    assert ran.code == 2
+    assert "--force" in ran.err
+    assert run("fuse", *inline, "-o", fused_dir, "--force").code == 0
+    (tmp_path / "file").write_text("x")
+    assert run("fuse", *inline, "-o", tmp_path / "file", "--force").code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--beta", "0.5"], "setting of"),
+        (["--alpha-max", "99"], "0 to 10"),
+        (["--alpha-max", "much"], "alpha_max is 'much'"),
+        (["--chooser", "sum"], "cannot let all experts speak at once"),
+        (["--chooser", "loud"], "there is no chooser 'loud'"),
+        (["--chooser", "only", "--speaker", "fact"], "did you mean 'facts'?"),
+        (["--expert", "=x"], "NAME=VALUE"),
+        (["--expert", "facts=elsewhere"], "two experts have the same name"),
+        (["--prompt", "facts"], "NAME=VALUE"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(run, inline, tmp_path: Path, change, message) -> None:
+    ran = run("fuse", *inline, *change, "-o", tmp_path / "made")
+    assert ran.code == 2
+    assert message in ran.err
+    assert not (tmp_path / "made").exists()
+
+
+def test_missing_members_are_named(run, members, tmp_path: Path) -> None:
+    ran = run("fuse", "--strong", members["strong"], "-o", tmp_path / "made")
+    assert ran.code == 2
+    assert "no --base and no --expert" in ran.err
+
+
+def test_a_member_that_is_not_there_is_named(run, inline, tmp_path: Path) -> None:
+    ran = run("fuse", *inline, "--expert", f"gone={tmp_path / 'gone'}", "-o", tmp_path / "made")
+    assert ran.code == 2
+    assert "gone" in ran.err
+
+
+def test_members_may_read_prompts_of_their_own(run, inline, tmp_path: Path) -> None:
+    assert (
+        run("fuse", *inline, "--prompt", "facts=chat", "--prompt", "strong=Say: {prompt}", "-o", tmp_path / "m").code
+        == 0
+    )
+    assert FusedCausalLM.from_pretrained(tmp_path / "m").has_own_prompts
+    assert run("generate", tmp_path / "m", "where?", "--max-new-tokens", "3").code == 0
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_what_the_model_writes(run, fused_dir) -> None:
+    fused = FusedCausalLM.from_pretrained(fused_dir)
+    ran = run("generate", fused_dir, PROMPT, "the city", "--max-new-tokens", "6", "--json")
+    assert ran.code == 0
+    texts = [row["texts"] for row in ran.json()["result"]]
+    assert texts == [[greedy(fused, READ)], [greedy(fused, "the city")]]
+    assert ran.json()["result"][0]["prompt"] == READ
+
+
+def test_a_directory_and_the_same_members_inline_write_the_same(run, fused_dir, inline) -> None:
+    words = [PROMPT, "--max-new-tokens", "6", "--json"]
+    assert run("generate", fused_dir, *words).json()["result"] == run("generate", *inline, *words).json()["result"]
+
+
+def test_another_strategy_overrides_the_directorys(run, fused_dir) -> None:
+    words = ["generate", fused_dir, PROMPT, "--max-new-tokens", "2", "--json"]
+    strategies = {
+        "kept": run(*words).json()["settings"]["strategy"],
+        "setting": run(*words, "--alpha-max", "0.7").json()["settings"]["strategy"],
+        "amount": run(*words, "--strategy", "filter", "--beta", "0.5").json()["settings"]["strategy"],
+    }
+    assert strategies["kept"]["amount"] == strategies["setting"]["amount"] == "dynamic"
+    assert strategies["setting"]["settings"]["alpha_max"] == 0.7
+    assert strategies["amount"] == {"amount": "filter", "chooser": "paper", "settings": {"beta": 0.5}}
+
+
+def test_prompts_come_from_a_file_or_from_stdin(run, fused_dir, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": READ}) + "\n\n" + json.dumps("the city") + "\n")
+    words = ["generate", fused_dir, "--max-new-tokens", "3", "--json"]
+    from_file = run(*words, "--file", file).json()["result"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\n\nthe city\n"))
+    assert run(*words).json()["result"] == from_file
+    assert [row["prompt"] for row in from_file] == [READ, "the city"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{no json", "line 1 is no JSON"), ('{"text": "x"}', 'line 1 has no "prompt"'), (None, "cannot be read")],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(run, fused_dir, tmp_path, content, message) -> None:
+    file = tmp_path / "prompts.jsonl"
+    if content is not None:
+        file.write_text(content)
+    ran = run("generate", fused_dir, "--file", file)
+    assert ran.code == 2
+    assert message in ran.err
+
+
+def test_sampling_repeats_with_its_seed_and_not_with_another(run, fused_dir) -> None:
+    words = ["generate", fused_dir, PROMPT, "--temperature", "1", "--samples", "3", "--max-new-tokens", "8", "--json"]
+    first, again, other = (run(*words, "--seed", seed).json() for seed in ("1", "1", "2"))
+    assert first["result"] == again["result"] != other["result"]
+    assert len(set(first["result"][0]["texts"])) == 3
+    assert first["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top-p", "0.5"], "add --temperature"),
+        (["--samples", "2"], "add --temperature"),
+        (["--temperature", "-1"], "not a number of at least 0"),
+        (["--temperature", "1", "--top-p", "2"], "(0, 1]"),
+        (["--max-new-tokens", "500"], "256"),
+    ],
+)
+def test_options_that_would_change_nothing_or_cannot_be_are_refused(run, fused_dir, words, message) -> None:
+    ran = run("generate", fused_dir, PROMPT, *words)
+    assert ran.code == 2
+    assert message in ran.err
+
+
+def test_generation_stops_at_a_text_and_leaves_it_out(run, fused_dir) -> None:
+    whole = greedy(FusedCausalLM.from_pretrained(fused_dir), READ, 12)
+    stop = whole[3:5]
+    ran = run("generate", fused_dir, PROMPT, "--max-new-tokens", "12", "--stop", stop, "--json")
+    assert ran.json()["result"][0]["texts"] == [whole[: whole.index(stop)]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([""], "empty"), ([], "no prompt")],
+)
+def test_nothing_to_continue_is_refused(run, fused_dir, words, message, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    ran = run("generate", fused_dir, *words)
+    assert ran.code == 2
+    assert message in ran.err
+
+
+def test_a_directory_that_is_no_model_is_refused(run, tmp_path: Path) -> None:
+    assert run("generate", tmp_path / "nothing", "x").code == 2
+    assert run("generate").code == 2
+    ran = run("generate", tmp_path, "x")
+    assert ran.code == 2
+    assert "Traceback" not in ran.err
+
+
+def test_members_and_a_directory_at_once_are_one_too_many(run, fused_dir, inline) -> None:
+    ran = run("chat", fused_dir, *inline)
+    assert ran.code == 2
+    assert "not both" in ran.err
+
+
+# --- chat ----------------------------------------------------------------------------------------------------------
+
+
+def talk(run, monkeypatch, fused_dir, lines: list[str], *words: str):
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    return run("chat", fused_dir, "--max-new-tokens", "5", *words)
+
+
+def test_chat_remembers_until_it_is_told_to_forget(run, monkeypatch, fused_dir) -> None:
+    fused = FusedCausalLM.from_pretrained(fused_dir)
+    ran = talk(run, monkeypatch, fused_dir, ["where?", "and then?", "/reset", "where?", "/quit", "unheard"], "--json")
+    assert ran.code == 0
+    said = ran.json()["result"]
+    assert [turn["role"] for turn in said] == ["user", "assistant"] * 3
+    first, second, third = (turn["content"] for turn in said[1::2])
+    assert first == third == greedy(fused, [{"role": "user", "content": "where?"}], 5).strip()
+    whole = [*said[:2], {"role": "user", "content": "and then?"}]
+    assert second == greedy(fused, whole, 5).strip()
+    assert "forgotten." in ran.err
+
+
+def test_chat_streams_the_same_answers(run, monkeypatch, fused_dir) -> None:
+    answers = [
+        turn["content"]
+        for turn in talk(run, monkeypatch, fused_dir, ["where?", "what?"], "--json").json()["result"][1::2]
+    ]
+    streamed = talk(run, monkeypatch, fused_dir, ["where?", "what?"])
+    assert streamed.code == 0
+    assert "".join(streamed.out.split()) == "".join("".join(answers).split())
+
+
+def test_chat_drops_the_oldest_turns_and_says_so(run, monkeypatch, fused_dir) -> None:
+    long = "where does Ada Moss live in the city of Port Elm? " * 6
+    ran = talk(run, monkeypatch, fused_dir, [long, long, "and?"])
+    assert ran.code == 0
+    assert "oldest turns no longer fit" in ran.err
+
+
+# --- explain -------------------------------------------------------------------------------------------------------
+
+
+def test_explain_writes_a_page_and_a_plot_of_the_models_own_trace(run, fused_dir, tmp_path: Path) -> None:
+    page = tmp_path / "deep" / "page.html"
+    ran = run("explain", fused_dir, PROMPT, "-o", page, "--max-new-tokens", "5", "--json")
+    assert ran.code == 0
+    trace = FusedCausalLM.from_pretrained(fused_dir).trace(READ, max_new_tokens=5, do_sample=False).to_dict()
+    assert ran.json()["result"]["trace"]["text"] == trace["text"]
+    html = page.read_text(encoding="utf-8")
+    assert html.count('class="token ') == len(trace["steps"])
+    assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert run("explain", fused_dir, PROMPT, "-o", page).code == 2
+    assert (
+        run("explain", fused_dir, PROMPT, "-o", page, "--force", "--max-new-tokens", "2", "--strategy", "mixture").code
+        == 0
+    )
+    assert 'class="token nobody"' not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("words", "message"), [([], "0 prompts"), (["a", "b"], "2 prompts"), ([""], "empty")])
+def test_explain_wants_one_prompt(run, fused_dir, tmp_path: Path, words, message) -> None:
+    ran = run("explain", fused_dir, *words, "-o", tmp_path / "page.html")
+    assert ran.code == 2
+    assert message in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+def test_loading_is_silent(run, fused_dir) -> None:
+    ran = run("generate", fused_dir, "the", "--max-new-tokens", "2")
+    assert ran.code == 0
+    assert ran.err == ""
+
+
+def test_inference_leaves_no_gradients(fused_dir) -> None:
+    fused = FusedCausalLM.from_pretrained(fused_dir)
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    assert torch.is_grad_enabled()
