@@ -9,23 +9,33 @@ class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
     """`config.json` of a fused model.
 
     strong, base            references: {"where": path, hub id or zoo: name; "revision"; "digest"}
-    experts                 {name: reference}
+    experts                 [{"name", and a reference}]: their order is that of the expert axis
     strategy                {"amount", "chooser", "settings"}
     prompts                 {member: prompt form}, for members that read a prompt of their own
     vocab_size              tokens that are fused: the tokenizer's, without padding rows
-    max_position_embeddings tokens that the member of the shortest context can read
+    max_position_embeddings tokens that the member of the shortest context can read; None: nobody sets a limit
     """
 
     model_type = "trimtab"
 
-    strong: dict[str, Any] | None = None
-    base: dict[str, Any] | None = None
-    experts: dict[str, Any] | None = None
-    strategy: dict[str, Any] | None = None
-    prompts: dict[str, Any] | None = None
-    vocab_size: int = 0
-    max_position_embeddings: int | None = None
-    use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    def __init__(
+        self,
+        strong: dict[str, Any] | None = None,
+        base: dict[str, Any] | None = None,
+        experts: list[dict[str, Any]] | None = None,
+        strategy: dict[str, Any] | None = None,
+        prompts: dict[str, Any] | None = None,
+        vocab_size: int = 0,
+        max_position_embeddings: int | None = None,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.strong, self.base, self.experts = strong, base, experts
+        self.strategy, self.prompts = strategy, prompts
+        self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
+        self.use_cache = use_cache
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        super().__init__(**kwargs)

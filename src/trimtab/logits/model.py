@@ -111,7 +111,9 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         directory = Path(os.fspath(directory))
         if kwargs.get("trust_remote_code"):
             raise BadSetting("trust_remote_code is set.", "Code of others is never run.", "leave it out.")
-        config = saving.read_config(directory)
+        found = saving.read_config(directory)
+        # The Auto classes hand over the configuration that they have read, the caller's changes in it.
+        config = kwargs["config"] if isinstance(kwargs.get("config"), FusedConfig) else found
         dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device", kwargs.get("device_map"))
         placement = Placement(dtype, device, kwargs.get("attn_implementation"))
         strong, base, experts = saving.references_of(config)

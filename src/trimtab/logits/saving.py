@@ -93,8 +93,8 @@ def references_of(config: FusedConfig) -> tuple[Reference, Reference, dict[str, 
     """Strong, base and experts as the configuration names them."""
     try:
         strong, base = Reference(**config.strong or {}), Reference(**config.base or {})
-        return strong, base, {name: Reference(**part) for name, part in (config.experts or {}).items()}
-    except TypeError as error:
+        return strong, base, {part.pop("name"): Reference(**part) for part in map(dict, config.experts or [])}
+    except (TypeError, KeyError, ValueError) as error:
         raise UnreadableModel(f"a reference in config.json cannot be read: {error}.", fix="fuse again.") from error
 
 
@@ -108,7 +108,7 @@ def write_directory(config: FusedConfig, members: Members, tokenizer: Any, targe
     found = {member.name: saved_reference(member) for member in members}
     written = {name: references.as_written(*pair, target).to_dict() for name, pair in found.items()}
     config.strong, config.base = written.pop("strong"), written.pop("base")
-    config.experts = written
+    config.experts = [{"name": name, **reference} for name, reference in written.items()]
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
