@@ -14,6 +14,9 @@ from torch import Tensor
 # In intervals narrower than this the polynomial's second derivative is mostly rounding, and A'' nearly straight.
 NARROW = 3e-3
 
+# Instead of a width or a slope of zero in a denominator; its inverse square still fits into float32.
+TINY = 1e-18
+
 # A node is one evaluated alpha of a row: a tensor [4, ...] of alpha, A, A' and A''.
 ALPHA, LOG_PARTITION, MEAN, VARIANCE = range(4)
 
@@ -71,7 +74,7 @@ def kink(left: Float[Tensor, "4 *interval"], right: Float[Tensor, "4 *interval"]
 
 
 def _reciprocal(values: Tensor) -> Tensor:
-    return 1.0 / values.clamp_min(1e-150)
+    return 1.0 / values.clamp_min(TINY)
 
 
 @cache

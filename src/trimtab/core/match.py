@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimtab.core.hermite import ALPHA, LOG_PARTITION, MEAN, VARIANCE, doubt, kink, sketch
+from trimtab.core.hermite import ALPHA, LOG_PARTITION, MEAN, TINY, VARIANCE, doubt, kink, sketch
 from trimtab.core.tilted import TiltedFamily
 
 EVALUATIONS = 16
@@ -190,7 +190,7 @@ def _lowest(alpha: Tensor, objective: Tensor, half_slope: Tensor) -> tuple[Tenso
     predicted, cell = torch.where(turns, lower, torch.inf).min(dim=-1, keepdim=True)
     start, width = alpha.gather(-1, cell), alpha.diff(dim=-1).gather(-1, cell)
     falling, rising = half_slope.gather(-1, cell), half_slope.gather(-1, cell + 1)
-    share = (-falling / (rising - falling).clamp_min(1e-150)).clamp(0.0, 1.0)
+    share = (-falling / (rising - falling).clamp_min(TINY)).clamp(0.0, 1.0)
     from_left = objective.gather(-1, cell) + falling * share * width
     from_right = objective.gather(-1, cell + 1) - rising * (1.0 - share) * width
     predicted = torch.where(predicted == torch.inf, torch.inf, torch.minimum(from_left, from_right))
@@ -273,7 +273,7 @@ def _crossing(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     excess[..., 0], excess[..., -1] = _excess(left, targets), _excess(right, targets)
     cell = (excess >= 0.0).to(torch.int8).argmax(dim=-1, keepdim=True).clamp_min(1) - 1
     low, high = excess.gather(-1, cell), excess.gather(-1, cell + 1)
-    share = (-low / (high - low).clamp_min(1e-150)).clamp(0.0, 1.0)
+    share = (-low / (high - low).clamp_min(TINY)).clamp(0.0, 1.0)
     root = (inside.alpha.gather(-1, cell) + share * inside.alpha.diff(dim=-1).gather(-1, cell)).squeeze(-1)
     margin = _margin(left, right)
     return root, torch.clamp(root, left[ALPHA] + margin, right[ALPHA] - margin)
@@ -282,5 +282,5 @@ def _crossing(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 def _margin(left: Tensor, right: Tensor) -> Tensor:
     """How much of an interval the next evaluation must cut off: the more, the less the interval is understood."""
     _, mean_doubt = doubt(left, right)
-    share = (2.0 * mean_doubt / (right[MEAN] - left[MEAN]).clamp_min(1e-150)).clamp_max(CUT)
+    share = (2.0 * mean_doubt / (right[MEAN] - left[MEAN]).clamp_min(TINY)).clamp_max(CUT)
     return share * (right[ALPHA] - left[ALPHA])

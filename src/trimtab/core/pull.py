@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, linalg
 
-from trimtab.core.tilted import TiltedFamily, wide_type
+from trimtab.core.tilted import TiltedFamily, row_slices, wide_type
 
 # Below this log-probability a token counts as ruled out: far below what float32 probabilities can hold, and it keeps
 # masks made of the lowest finite number (as common as -inf) from acting as opinions.
@@ -60,7 +60,7 @@ def summed_objective(
 
 def measure_pull(
     strong: Float[Tensor, "batch vocab"],
-    base: Float[Tensor, "#batch vocab"],
+    base: Float[Tensor, "batch vocab"],
     experts: Float[Tensor, "expert batch vocab"],
 ) -> Pull:
     """Deltas of all experts and their own targets, from the members' log-probabilities.
@@ -70,25 +70,35 @@ def measure_pull(
     returns       Pull with one target per expert: its own
     """
     wide = wide_type(strong)
-    base, experts = base.to(wide), experts.to(wide)
-    is_shared = (base > RULED_OUT_NATS) & (experts > RULED_OUT_NATS)  # [expert, batch, vocab]
-    delta = torch.where(is_shared, experts - base, 0.0)
+    delta = torch.empty(experts.shape, dtype=wide, device=experts.device)
+    forward, reverse = torch.empty_like(delta[..., 0]), torch.empty_like(delta[..., 0])  # [expert, batch]
+    for piece in row_slices(base):
+        base_piece = base[piece].to(wide)
+        for place, expert in enumerate(experts):
+            measured = _measure(base_piece, expert[piece].to(wide))
+            delta[place, piece], forward[place, piece], reverse[place, piece] = measured
+    return Pull(TiltedFamily(strong, delta), forward.unsqueeze(0), reverse.unsqueeze(0))
+
+
+def _measure(base: Tensor, expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One expert's delta [row, vocab], and both divergences between it and the base, [row]."""
+    is_shared = (base > RULED_OUT_NATS) & (expert > RULED_OUT_NATS)
+    delta = torch.where(is_shared, expert - base, 0.0)
     # Both laws are renormalised on the tokens they share: otherwise a divergence could come out negative.
-    expert_probs, expert_log_mass = _restrict(experts, is_shared)
-    base_probs, base_log_mass = _restrict(base.expand_as(experts), is_shared)
+    expert_probs, expert_log_mass = _restrict(expert, is_shared)
+    base_probs, base_log_mass = _restrict(base, is_shared)
     offset = expert_log_mass - base_log_mass
     forward = (linalg.vecdot(expert_probs, delta) - offset).clamp_min(0.0)
     reverse = (offset - linalg.vecdot(base_probs, delta)).clamp_min(0.0)
-    return Pull(TiltedFamily(strong, delta), forward.unsqueeze(0), reverse.unsqueeze(0))
+    return delta, forward, reverse
 
 
 def _restrict(log_probs: Tensor, is_kept: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities renormalised on the kept tokens, and the log of their mass; zeros where nothing is kept."""
     kept = torch.where(is_kept, log_probs, -torch.inf)
-    top = kept.amax(dim=-1, keepdim=True)  # -inf when no token is kept
-    top = torch.where(top == -torch.inf, 0.0, top)
-    weights = (kept - top).exp()
-    total = weights.sum(dim=-1, keepdim=True)
-    is_empty = total == 0.0
-    log_mass = torch.where(is_empty, 0.0, total.log() + top)
-    return weights / torch.where(is_empty, 1.0, total), log_mass.squeeze(-1)
+    top = kept.amax(dim=-1, keepdim=True)
+    is_empty = top == -torch.inf
+    probs = kept.masked_fill_(is_empty, 0.0).softmax(dim=-1).masked_fill_(is_empty, 0.0)
+    # The likeliest token's unnormalised minus its normalised log-probability is the log of the mass.
+    log_mass = torch.where(is_empty, 0.0, top - probs.amax(dim=-1, keepdim=True).log())
+    return probs, log_mass.squeeze(-1)

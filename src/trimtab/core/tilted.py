@@ -53,10 +53,14 @@ class TiltedFamily:
 
     def __init__(self, strong: Float[Tensor, "batch vocab"], delta: Float[Tensor, "*expert batch vocab"]) -> None:
         wide = wide_type(strong)
-        self.strong = strong.to(wide).log_softmax(dim=-1)
-        # A token that p rules out plays no part; a delta of 0 there keeps the sums free of it.
-        delta = delta.to(wide).masked_fill(self.strong == -torch.inf, 0.0)
-        self.delta = delta - linalg.vecdot(self.strong.softmax(dim=-1), delta).unsqueeze(-1)
+        self.strong = torch.empty(strong.shape, dtype=wide, device=strong.device)
+        self.delta = torch.empty(delta.shape, dtype=wide, device=delta.device)
+        for piece in row_slices(strong):
+            self.strong[piece] = strong[piece].to(wide).log_softmax(dim=-1)
+            probs = self.strong[piece].softmax(dim=-1)
+            # A token that p rules out plays no part; a delta of 0 there keeps the sums free of it.
+            part = delta[..., piece, :].to(wide).masked_fill(self.strong[piece] == -torch.inf, 0.0)
+            self.delta[..., piece, :] = part.sub_(linalg.vecdot(probs, part).unsqueeze(-1))
         self._count = [0]
 
     @property
@@ -75,12 +79,9 @@ class TiltedFamily:
         return Moments(alpha, log_partition, mean, variance)
 
     def _slices(self, alpha: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The rows in order, in slices that are small on a CPU and as large as can be elsewhere."""
-        batch, vocab = self.strong.shape
-        rows = max(1, CPU_SLICE // vocab) if self.strong.device.type == "cpu" else batch
-        for alphas, delta in zip(alpha, self.delta.reshape(-1, batch, vocab), strict=True):
-            for start in range(0, batch, rows):
-                piece = slice(start, start + rows)
+        """The rows in order, in pieces."""
+        for alphas, delta in zip(alpha, self.delta.reshape(-1, *self.strong.shape), strict=True):
+            for piece in row_slices(self.strong):
                 yield alphas[piece], self.strong[piece], delta[piece]
 
     def take(self, row: Int[Tensor, " row"]) -> "TiltedFamily":
@@ -116,6 +117,14 @@ def _moments(alpha: Tensor, strong: Tensor, delta: Tensor) -> Tensor:
 def take_expert(values: Tensor, expert: Tensor) -> Tensor:
     """The rows of one expert per batch row: [expert, batch, ...] and indices [batch] give [batch, ...]."""
     return values[expert, torch.arange(expert.shape[0], device=expert.device)]
+
+
+def row_slices(rows: Tensor) -> Iterator[slice]:
+    """Slices through [row, vocab]: small ones on a CPU, all rows at once elsewhere."""
+    count, vocab = rows.shape
+    size = max(1, CPU_SLICE // vocab) if rows.device.type == "cpu" else max(1, count)
+    for start in range(0, count, size):
+        yield slice(start, start + size)
 
 
 def wide_type(like: Tensor) -> torch.dtype:
