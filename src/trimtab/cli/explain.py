@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from trimtab.measure.plots import alpha_plot
 
     take_prompt_from_model(args)
+    options.check_pointed(args)
     if len(args.prompts) != 1:
         raise InputError(f"{len(args.prompts)} prompts were given.", "A page explains one answer.", "give one prompt.")
     prompt = options.unescaped(args.prompts[0])

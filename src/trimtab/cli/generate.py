@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """All prompts as one batch; continuations in the order of the prompts."""
     take_prompt_from_model(args)
+    options.check_pointed(args)
     if args.samples > 1 and not args.temperature:
         raise InputError(
             f"--samples {args.samples} was given without a temperature.",
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 def take_prompt_from_model(args: argparse.Namespace) -> None:
     """With members inline there is no DIR: what argparse took for one is the first prompt."""
-    if args.model is not None and (args.strong or args.base or args.expert):
+    if args.model is not None and options.is_inline(args):
         args.prompts = [args.model, *args.prompts]
         args.model = None
 

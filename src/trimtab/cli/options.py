@@ -85,30 +85,39 @@ def named(text: str, option: str, allow_bare: bool = False) -> tuple[str, str]:
     raise InputError(f"{option} {text} cannot be read.", "Expected: NAME=VALUE.", f"for example {option} math=runs/m.")
 
 
+def is_inline(args: argparse.Namespace) -> bool:
+    """Whether members were given, in place of a fused directory."""
+    return bool(args.strong or args.base or args.expert)
+
+
+def check_pointed(args: argparse.Namespace) -> None:
+    """Raise InputError unless a command was pointed at exactly one model."""
+    if args.model and is_inline(args):
+        raise InputError(
+            f"both a directory ({args.model}) and members were given.", fix="give one or the other, not both."
+        )
+    if not args.model and not is_inline(args):
+        raise InputError(
+            "no model was given.", "Expected: a fused directory, or --strong, --base and --expert.", "add one of them."
+        )
+    if args.model and args.prompt:
+        raise InputError("--prompt is part of a fused directory.", fix="give it to `trimtab fuse`.")
+
+
 def open_fused(args: argparse.Namespace) -> Any:
     """The fused model that a command was pointed at, with the strategy that its options ask for."""
     from trimtab import FusedCausalLM
 
+    check_pointed(args)
     quiet_transformers()
-    is_inline = bool(args.strong or args.base or args.expert)
-    if args.model and is_inline:
-        raise InputError(
-            f"both a directory ({args.model}) and members were given.", fix="give one or the other, not both."
-        )
-    if is_inline:
+    if is_inline(args):
         members = members_of(args)
         names = tuple(members["experts"])
         fused = FusedCausalLM.from_members(**members, strategy=strategy_of(args, names))
-    elif args.model:
-        if args.prompt:
-            raise InputError("--prompt is part of a fused directory.", fix="give it to `trimtab fuse`.")
+    else:
         fused = FusedCausalLM.from_pretrained(args.model)
         if args.strategy or args.chooser or given_settings(args):
             fused.strategy = strategy_of(args, tuple(fused.expert_names), fused.strategy.to_dict())
-    else:
-        raise InputError(
-            "no model was given.", "Expected: a fused directory, or --strong, --base and --expert.", "add one of them."
-        )
     return fused.eval()
 
 

@@ -1,6 +1,7 @@
 """argparse with the house's errors: what was found, what was expected, the nearest spelling."""
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -22,15 +23,21 @@ class Parser(argparse.ArgumentParser):
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """All arguments; an unknown option is answered with the nearest known one."""
+        known = {option for parser in _family(self) for option in parser._option_string_actions}
+        for word in itertools.takewhile(lambda word: word != "--", argv):
+            if word.startswith("--") and word.split("=")[0] not in known:
+                raise self._unknown("option", word.split("=")[0], known)  # before argparse misses required ones
         args, unknown = self.parse_known_args(argv)
-        if not unknown:
-            return args
-        options = sorted({option for parser in _family(self) for option in parser._option_string_actions})
-        found = unknown[0].split("=")[0]
-        near = get_close_matches(found, options, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`."
-        kind = "option" if found.startswith("-") else "argument"
-        raise InputError(f"{self.prog} has no {kind} {found}.", fix=fix)
+        if unknown:
+            raise self._unknown("option" if unknown[0].startswith("-") else "argument", unknown[0], known)
+        return args
+
+    def _unknown(self, kind: str, found: str, known: set[str]) -> InputError:
+        near = get_close_matches(found, sorted(known), n=1)
+        return InputError(
+            f"{self.prog} has no {kind} {found}.",
+            fix=f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`.",
+        )
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
