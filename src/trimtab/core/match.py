@@ -29,6 +29,7 @@ LEFT, PREDICTED, PLACE, POSSIBLE, PROBE, FLOOR = range(6)
 WORTH = 1e-13  # a predicted gain below this share of J(0) is rounding
 CLOSE_ENOUGH = 2e-6  # an alpha this close to an evaluated one is not evaluated again ...
 SMALL_GAIN = 1e-8  # ... unless J is so steep that it would fall by more than this
+NARROWEST = 1e-7  # an interval narrower than this is not divided
 CUT = 0.3  # where the interpolation is not to be trusted, an evaluation cuts off this share of the interval
 NO_MOVE = 1e-12  # divergences below this, in nats, are rounding: the law has not moved
 EXPLORED = 5e-7  # intervals that could not lower J by more than this (times J(0) if that is below 1) are left alone
@@ -166,11 +167,11 @@ def _appraise(left: Tensor, right: Tensor, targets: Tensor) -> Tensor:
     )
     near = torch.minimum(to_left, to_right)
     predicted = torch.where(near < 5.0 * CLOSE_ENOUGH, torch.maximum(predicted, falls), predicted)
-    predicted[(near < CLOSE_ENOUGH) & (predicted > ends - SMALL_GAIN)] = torch.inf
-    predicted[width < 1e-7] = torch.inf
+    is_idle = (near < CLOSE_ENOUGH) & (predicted > ends - SMALL_GAIN) | (width < NARROWEST)
+    predicted = predicted.masked_fill(is_idle, torch.inf)
 
     possible = torch.maximum(floor, torch.minimum(possible.amin(dim=-1), torch.minimum(ends, predicted)))
-    possible[width < 1e-7] = torch.inf
+    possible = possible.masked_fill(width < NARROWEST, torch.inf)
     margin = _margin(left, right)
     place = torch.clamp(place, left[ALPHA] + margin, right[ALPHA] - margin)
     probe = torch.clamp(kink(left, right), left[ALPHA] + 0.1 * width, right[ALPHA] - 0.1 * width)

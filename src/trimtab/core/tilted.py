@@ -73,14 +73,14 @@ class TiltedFamily:
         self._count[0] += 1
         parts = [
             _moments(alpha_part, strong, delta)
-            for alpha_part, strong, delta in self._slices(alpha.reshape(-1, alpha.shape[-1]))
+            for alpha_part, strong, delta in self._slices(alpha.reshape(-1 if alpha.numel() else 1, alpha.shape[-1]))
         ]
         log_partition, mean, variance = torch.cat(parts, dim=-1).view(3, *alpha.shape)
         return Moments(alpha, log_partition, mean, variance)
 
     def _slices(self, alpha: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The rows in order, in pieces."""
-        for alphas, delta in zip(alpha, self.delta.reshape(-1, *self.strong.shape), strict=True):
+        for alphas, delta in zip(alpha, self.delta.reshape(len(alpha), *self.strong.shape), strict=True):
             for piece in row_slices(self.strong):
                 yield alphas[piece], self.strong[piece], delta[piece]
 
@@ -123,7 +123,7 @@ def row_slices(rows: Tensor) -> Iterator[slice]:
     """Slices through [row, vocab]: small ones on a CPU, all rows at once elsewhere."""
     count, vocab = rows.shape
     size = max(1, CPU_SLICE // vocab) if rows.device.type == "cpu" else max(1, count)
-    for start in range(0, count, size):
+    for start in range(0, max(1, count), size):  # an empty batch is one empty slice
         yield slice(start, start + size)
 
 
