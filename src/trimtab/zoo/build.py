@@ -1,11 +1,12 @@
 """Make a zoo from a seed: world, tokenizer, items, bases, experts, adapters and ceilings.
 
 Every finished model is kept with the recipe that made it, and a long pretraining leaves checkpoints, so that a build
-that was stopped goes on where it was. The same seed on the same machine gives the same files; another machine's
-rounding gives other digits and the same story.
+that was stopped goes on where it was. The same seed gives the same world and items on every machine, and the same
+models up to the rounding of its arithmetic.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trimtab.zoo.corpus import Corpus
 from trimtab.zoo.store import MANIFEST, PREFIX, model_path, sha256
@@ -54,6 +55,8 @@ class Plan:
     medium: Size = Size(160, 4)  # noqa: RUF009
     small: Size = Size(96, 2)  # noqa: RUF009
     rates: tuple[float, float, float] = (1.5e-3, 2e-3, 2.5e-3)  # strong, medium, small
+    passes: tuple[float, float, float] = (1.0, 0.5, 1.0)  # over the corpus; the medium one is to know less
+    again: Recipe | None = Recipe(1600, 2e-3, 16)  # noqa: RUF009 - the strong model's second cycle, in another order
     tuning: tuple[tuple[str, Recipe], ...] = TUNING
 
 
@@ -64,6 +67,7 @@ QUICK_PLAN = Plan(
     strong=Size(64, 2),
     medium=Size(48, 2),
     small=Size(32, 1),
+    again=Recipe(10, 1e-3, 16),
     tuning=tuple((task, Recipe(20, 2e-3, 16)) for task in (*TUNED_TASKS, "mixed")),
 )
 
@@ -74,6 +78,7 @@ class Job:
 
     name: str
     recipe: Recipe
+    again: Recipe | None = None  # a base's second cycle
     parent: str = ""
     task: str = ""
 
@@ -81,12 +86,12 @@ class Job:
 def jobs(plan: Plan, rows: int) -> Iterator[Job]:
     """All models of a zoo, parents first."""
     batch = 16
-    for size, rate in zip(("small", "medium", "strong"), reversed(plan.rates), strict=True):
-        yield Job(size, Recipe(rows // batch, rate, batch))
+    for size, rate, passes in zip(("strong", "medium", "small"), plan.rates, plan.passes, strict=True):
+        yield Job(size, Recipe(int(rows * passes) // batch, rate, batch), plan.again if size == "strong" else None)
         for task, recipe in plan.tuning:
-            yield Job(f"{size}/{task}", _as_adapter(recipe, size) if size == "strong" else recipe, size, task)
+            yield Job(f"{size}/{task}", _as_adapter(recipe, size) if size == "strong" else recipe, None, size, task)
             if size == "small" and task != "mixed":
-                yield Job(f"{size}/{task}-lora", _as_adapter(recipe, size), size, task)
+                yield Job(f"{size}/{task}-lora", _as_adapter(recipe, size), None, size, task)
 
 
 def _as_adapter(recipe: Recipe, size: str) -> Recipe:
@@ -160,6 +165,27 @@ def _make_model(
     tuned.to(torch.bfloat16).save_pretrained(path)
     (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
     receipt.write_text(json.dumps({**made_by, "seconds": round(time.monotonic() - started, 1)}, indent=2) + "\n")
+
+
+def _make_base(
+    folder: Path, job: Job, plan: Plan, tokenizer: PreTrainedTokenizerFast, rows: torch.Tensor, bar: Bar
+) -> LlamaForCausalLM:
+    """A base, pretrained in one cycle or two; a finished first cycle is kept until the second is done."""
+    base = make_model(getattr(plan, job.name), tokenizer, plan.seed)
+    first = folder / f"{job.name}.first-cycle"
+    if first.exists():
+        base = LlamaForCausalLM.from_pretrained(first, dtype=torch.float32)
+    else:
+        with bar(job.name, job.recipe.steps) as progress:
+            checkpoint = folder / f"{job.name}.checkpoint"
+            pretrain(base, rows, job.recipe, seed=plan.seed, progress=progress, checkpoint=checkpoint)
+    if job.again:
+        base.save_pretrained(first)
+        with bar(f"{job.name}, second cycle", job.again.steps) as progress:
+            checkpoint = folder / f"{job.name}.second-checkpoint"
+            pretrain(base, rows, job.again, seed=plan.seed + 1, progress=progress, checkpoint=checkpoint)
+        shutil.rmtree(first)
+    return base
 
 
 def _write_manifest(folder: Path, plan: Plan, models: list[str]) -> dict[str, Any]:
