@@ -1,6 +1,6 @@
 """Entropy and divergence of next-token laws given as log-probabilities.
 
-A token of probability zero (-inf) counts nothing where its own law weighs the sum. Sums run in the input's type,
+A token whose probability is zero, or too small for the type, counts nothing where its own law weighs the sum. Sums run in the input's type,
 float32 or wider.
 """
 
@@ -20,8 +20,9 @@ def kl_nats(
     source       Kullback and Leibler 1951
     """
     # softmax of normalised log-probabilities is their exp, several times faster on a CPU than torch.exp.
-    gap = torch.where(p_log_probs == -torch.inf, 0.0, p_log_probs - q_log_probs)
-    return (p_log_probs.softmax(dim=-1) * gap).sum(dim=-1).clamp_min(0.0)
+    probs = p_log_probs.softmax(dim=-1)
+    gap = torch.where(probs == 0.0, 0.0, p_log_probs - q_log_probs)
+    return (probs * gap).sum(dim=-1).clamp_min(0.0)
 
 
 def entropy_nats(log_probs: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows"]:

@@ -71,19 +71,20 @@ def settings_of(ingredient: Any) -> tuple[Setting, ...]:
     )
 
 
-def check_settings(ingredient: Any) -> None:
-    """Raise BadSetting unless every value of a settings dataclass has its type and lies in its range."""
+def check_settings(ingredient: Any, values: Mapping[str, Any]) -> None:
+    """Raise BadSetting unless every given value has the type of its setting and lies in its range."""
     for item in settings_of(ingredient):
-        value = getattr(ingredient, item.name)
-        numbers = list(value.values()) if isinstance(value, Mapping) else [value]
+        if item.name not in values:
+            continue
+        value = values[item.name]
         if item.type == "str":
             if value is not None and not isinstance(value, str):
                 raise BadSetting(f"{item.name} is {value!r}.", "Expected: a name.", f"pass {item.name}=NAME.")
-            continue
-        if isinstance(value, Mapping) and "{" not in item.type:
-            raise BadSetting(f"{item.name} is {value!r}.", f"Expected: {item.type}.", "pass one number.")
-        for number in numbers:
-            _check_number(item, number)
+        elif isinstance(value, Mapping) and "{" in item.type:
+            for number in value.values():
+                _check_number(item, number)
+        else:
+            _check_number(item, value)
 
 
 def _check_number(item: Setting, number: Any) -> None:

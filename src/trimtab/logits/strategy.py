@@ -115,9 +115,9 @@ def make_strategy(amount: str, chooser: str = "paper", expert_names: Sequence[st
     kinds = find(AMOUNTS, amount), find(CHOOSERS, chooser)
     known = [{item.name: item for item in settings_of(kind)} for kind in kinds]
     reject_unknown(settings, known[0] | known[1], of=f"strategy {amount} with chooser {chooser}")
+    for kind in kinds:
+        check_settings(kind, settings)
     made = [kind(**{k: v for k, v in settings.items() if k in names}) for kind, names in zip(kinds, known, strict=True)]
-    for ingredient in made:
-        check_settings(ingredient)
     if chooser == "sum" and not isinstance(made[0], JointAmount):
         raise BadSetting(
             f"amount '{amount}' cannot let all experts speak at once.",

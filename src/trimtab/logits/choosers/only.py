@@ -1,4 +1,7 @@
-"""One named expert speaks at every step."""
+"""One named expert speaks at every step.
+
+Source: ours; every other chooser is measured against it.
+"""
 
 from dataclasses import dataclass
 
