@@ -55,7 +55,7 @@ class Plan:
     medium: Size = Size(160, 4)  # noqa: RUF009
     small: Size = Size(96, 2)  # noqa: RUF009
     rates: tuple[float, float, float] = (1.5e-3, 2e-3, 2.5e-3)  # strong, medium, small
-    passes: tuple[float, float, float] = (1.0, 0.5, 1.0)  # over the corpus; the medium one is to know less
+    passes: tuple[float, float, float] = (1.0, 0.75, 1.0)  # over the corpus; the medium one is to know less
     again: Recipe | None = Recipe(1600, 2e-3, 16)  # noqa: RUF009 - the strong model's second cycle, in another order
     tuning: tuple[tuple[str, Recipe], ...] = TUNING
 
