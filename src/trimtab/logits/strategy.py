@@ -163,8 +163,6 @@ def _name_of(table: Table, ingredient: Any) -> str:
 
 def _fusion(strong: Tensor, choice: Choice) -> Fusion:
     """The choice with the divergences it cost, in the strong model's type."""
-    wide = choice.log_probs
-    law = strong.to(wide.dtype).log_softmax(dim=-1)
+    fused, strong = choice.log_probs.to(strong.dtype), strong.log_softmax(dim=-1)
     alpha = None if choice.alpha is None else choice.alpha.to(strong.dtype)
-    kl, reverse_kl = kl_nats(wide, law).to(strong.dtype), kl_nats(law, wide).to(strong.dtype)
-    return Fusion(wide.to(strong.dtype), alpha, choice.is_chosen, kl, reverse_kl)
+    return Fusion(fused, alpha, choice.is_chosen, kl_nats(fused, strong), kl_nats(strong, fused))
