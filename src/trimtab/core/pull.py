@@ -1,8 +1,8 @@
 """The pull of small experts on a strong model: the direction of each delta, and how far tuning moved the small model.
 
-One rule for impossible tokens, everywhere: only where strong, base and expert all give a token some mass is there a
-delta. A token that base or expert rule out has delta 0, so the strong model alone decides about it; a token that the
-strong model rules out stays ruled out.
+One rule for impossible tokens, wherever deltas are used: only where strong, base and expert all give a token some mass
+is there a delta. A token that base or expert rule out has delta 0, so the strong model alone decides about it; a token
+that the strong model rules out stays ruled out.
 """
 
 from dataclasses import dataclass

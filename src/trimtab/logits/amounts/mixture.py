@@ -3,6 +3,7 @@
     P~(v) = (1 - weight) P(v) + weight Q_1(v)
 
 The base is not used: a plain ensemble, for comparison. Together, the experts share the weight evenly.
+A token is possible where one of them allows it, also where the strong model alone would not.
 
 Source: Stone 1961, "The Opinion Pool".
 """
