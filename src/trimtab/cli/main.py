@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from trimtab import __version__
@@ -72,8 +72,8 @@ def _complain(message: str, is_debugging: bool) -> None:
 
 
 @contextlib.contextmanager
-def _plain_warnings():  # type: ignore[no-untyped-def]
-    """Warnings of trimtab as one line on stderr, without the source line that raised them."""
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line on stderr, without the source line; what libraries tell their callers is not for users."""
 
     def show(
         message: Warning | str,
@@ -83,6 +83,8 @@ def _plain_warnings():  # type: ignore[no-untyped-def]
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
+        if issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+            return
         print(f"warning: {message}", file=file or sys.stderr)
 
     usual = warnings.showwarning

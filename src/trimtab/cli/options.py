@@ -55,6 +55,11 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
     """DIR, or members inline."""
     parser.add_argument("model", metavar="DIR", nargs="?", help="a fused directory; or give --strong, --base, --expert")
     add_members(parser)
+    group = parser.add_argument_group("placement")
+    group.add_argument("--device", metavar="DEVICE", help="where all members run, such as cuda or cuda:1; else the CPU")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="number type of all members; else as stored"
+    )
 
 
 def members_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,15 +115,35 @@ def open_fused(args: argparse.Namespace) -> Any:
 
     check_pointed(args)
     quiet_transformers()
+    placement = placement_of(args)
     if is_inline(args):
         members = members_of(args)
         names = tuple(members["experts"])
-        fused = FusedCausalLM.from_members(**members, strategy=strategy_of(args, names))
+        fused = FusedCausalLM.from_members(**members, strategy=strategy_of(args, names), **placement)
     else:
-        fused = FusedCausalLM.from_pretrained(args.model)
+        fused = FusedCausalLM.from_pretrained(args.model, **placement)
         if args.strategy or args.chooser or given_settings(args):
             fused.strategy = strategy_of(args, tuple(fused.expert_names), fused.strategy.to_dict())
     return fused.eval()
+
+
+def placement_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of device and number type, as far as they were given; raises InputError for no such device."""
+    import torch
+
+    found: dict[str, Any] = {}
+    if args.dtype:
+        found["dtype"] = getattr(torch, args.dtype)
+    if args.device:
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"device {args.device} cannot be used: {reason}", fix="leave it out for the CPU."
+            ) from error
+        found["device"] = args.device
+    return found
 
 
 # --- strategy ------------------------------------------------------------------------------------------------------

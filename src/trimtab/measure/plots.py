@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.measure.explain_page import total_alpha
+from trimtab.measure.verdict import name_of
 
 INK, SOFT, LINE, PAPER, ACCENT = "#1d2329", "#5d6873", "#e3e0d8", "#ffffff", "#0b6e75"
 EXPERT_COLOURS = ("#d97a06", "#1f78c8", "#a8479c", "#17936a", "#c23b3b", "#6b63d0", "#8a7418", "#2a8fa3")
@@ -81,7 +82,7 @@ def score_plot(
                 low, high = intervals[name].get(column) or (scores[column], scores[column])
                 errors.append((max(0.0, scores[column] - low), max(0.0, high - scores[column])))
         colour = COLUMN_COLOURS.get(column, SOFT)
-        axis.bar(places, heights, width=width * 0.92, color=colour, label=column)
+        axis.bar(places, heights, width=width * 0.92, color=colour, label=name_of(column))
         axis.errorbar(places, heights, yerr=list(zip(*errors, strict=True)), fmt="none", ecolor=INK, elinewidth=0.7)
     axis.set_xticks(range(len(groups)), list(groups))
     axis.set_ylim(0, 105)

@@ -40,9 +40,9 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     for table, weak in (("single", "expert"), ("multi", "mixed")):
         if "dynamic" in document["average"].get(table, {}):
             found.append(_headline(document, table, weak))
-            found += [
-                _against(row) for row in document["paired"] if row["table"] == table and row["tasks"] == "average"
-            ]
+            best = document["best_static"].get(table)
+            rows = [row for row in document["paired"] if row["table"] == table and row["tasks"] == "average"]
+            found += [_against(row, is_best_static=row["second"] == best) for row in rows]
             found.append(_best(document, table))
     return found
 
@@ -64,9 +64,11 @@ def _headline(document: Mapping[str, Any], table: str, weak: str) -> str:
     return f"{start}. Its ratio to the ceiling is {ratio['dynamic']:.3f}{theirs}; {gap}."
 
 
-def _against(row: Mapping[str, Any]) -> str:
+def _against(row: Mapping[str, Any], is_best_static: bool) -> str:
     """One paired comparison of averages."""
     rival, difference = name_of(row["second"]), row["difference"]
+    if is_best_static:
+        rival += ", the best static alpha in hindsight"
     interval = f" [{row['interval'][0]:+.1f}, {row['interval'][1]:+.1f}]" if row["interval"] else ""
     figures = f"{difference:+.1f} points{interval}, p = {row['p_value']:.2g}"
     if row["p_value"] >= SIGNIFICANT:

@@ -1,0 +1,187 @@
+"""demo, eval and results on the embedded zoo, with few items."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from trimtab import FusedCausalLM, zoo
+from trimtab.cli.eval import evaluate
+from trimtab.cli.panel import load_panel, load_tokenizer, solved_examples
+from trimtab.measure import evaluation
+from trimtab.measure.results import END, START
+from trimtab.measure.scores import ANSWER_METRICS
+from trimtab.measure.study import MULTI_STRATEGIES, SINGLE_STRATEGIES
+
+NUM_ITEMS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("reports") / "demo"
+
+
+@pytest.fixture(scope="module")
+def document(folder) -> dict:
+    """One run of the demo with every task, shared by the tests that read its outcome."""
+    from trimtab.cli.main import main
+
+    assert main(["demo", "--items", str(NUM_ITEMS), "--seed", "1", "-o", str(folder)]) == 0
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_demo_has_every_column_of_every_task(document) -> None:
+    single = {"base", "expert", "strong", "latent", "ceiling", *SINGLE_STRATEGIES}
+    assert list(document["single"]) == list(zoo.TUNED_TASKS)
+    assert all(set(columns) == single for columns in document["single"].values())
+    assert {"base", "strong", "mixed", "ceiling", *MULTI_STRATEGIES} == set(document["multi"]) - {
+        f"expert/{task}" for task in zoo.TUNED_TASKS
+    }
+    assert all(set(document["multi"][column]) == set(zoo.TASKS) for column in (*MULTI_STRATEGIES, "mixed", "ceiling"))
+    assert {"base", "strong", "mixed", "ceiling", "dynamic"} <= set(document["unseen"]["domains"])
+    assert (document["pair"], document["items"], document["seed"]) == ("far", NUM_ITEMS, 1)
+    assert document["seconds"] > 0
+    assert {"trimtab", "torch", "transformers"} <= set(document["versions"])
+
+
+def test_every_score_is_a_share_of_the_items(document) -> None:
+    for task, columns in document["single"].items():
+        for value in columns.values():
+            assert 0 <= value <= 100
+            if zoo.TASKS[task].metric != "rouge2":
+                assert math.isclose(value * NUM_ITEMS / 100, round(value * NUM_ITEMS / 100), abs_tol=1e-2)
+
+
+def test_exact_solution_and_grid_hardly_differ(document) -> None:
+    """The grid is 0.1 wide, so alpha is off by 0.05: more than two items of eight in a task would be a bug."""
+    for columns in document["single"].values():
+        assert abs(columns["dynamic"] - columns["grid"]) <= 200 / NUM_ITEMS + 1e-6
+
+
+def test_the_report_is_complete_and_not_overwritten(run, document, folder) -> None:
+    written = {file.name for file in folder.iterdir()}
+    shown = {f"explain-{task}.html" for task in ("arithmetic", "facts", "summary")}
+    assert written >= {"index.html", "single.png", "multi.png", "results.json", *shown}
+    html = (folder / "index.html").read_text(encoding="utf-8")
+    assert "http://" not in html
+    assert "https://" not in html
+    ran = run("demo", "--items", "1", "-o", folder)
+    assert ran.code == 2
+    assert "--force" in ran.err
+
+
+def test_json_prints_the_document_and_writes_nothing(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run("demo", "--items", "2", "--tasks", "facts,domains", "--json")
+    assert ran.code == 0
+    assert set(ran.json()["single"]) == {"facts"}
+    assert set(ran.json()["unseen"]) == {"domains"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_task_has_a_nearest_spelling(run) -> None:
+    ran = run("demo", "--tasks", "fact", "--json")
+    assert ran.code == 2
+    assert "did you mean 'facts'?" in ran.err
+
+
+@pytest.fixture(scope="module")
+def fused():
+    panel = load_panel("far", ("facts",))
+    return panel.fuse(("facts",))
+
+
+@pytest.mark.parametrize("task", zoo.TASKS)
+def test_the_harness_and_our_own_loop_agree_item_by_item(fused, task: str, tmp_path: Path) -> None:
+    found = evaluate(fused, [task], tmp_path, limit=NUM_ITEMS, seed=1, batch_size=4)[task]
+    items = zoo.load_items(task, "test", limit=NUM_ITEMS, seed=1)
+    kind = zoo.TASKS[task]
+    if kind.kind == "generate":
+        prefixes = evaluation.read_prompts(fused, fused.tokenizer, [item.prompt for item in items], kind.max_new_tokens)
+        answers = evaluation.answer_prompts(fused, fused.tokenizer, prefixes, kind.max_new_tokens)
+        points = [ANSWER_METRICS[kind.metric](answer, item.target) for answer, item in zip(answers, items, strict=True)]
+    else:
+        choices = evaluation.encode_choices(fused.tokenizer, items)
+        chosen = evaluation.choose(choices, evaluation.read_choices(fused, fused.tokenizer, choices))
+        points = [float(place == item.label) for place, item in zip(chosen, items, strict=True)]
+    metric = "acc" if kind.kind == "choose" else kind.metric
+    assert found["items"] == NUM_ITEMS
+    assert found["metrics"][metric]["score"] == pytest.approx(100 * sum(points) / len(points), abs=1e-3)
+    low, high = found["metrics"][metric]["interval"]
+    assert low <= found["metrics"][metric]["score"] <= high
+
+
+def test_eval_prints_scores_with_intervals(run) -> None:
+    members = ["--strong", "zoo:strong", "--base", "zoo:small", "--expert", "facts=zoo:small/facts"]
+    ran = run("eval", *members, "--tasks", "facts,zoo_truth", "--limit", "2", "--json")
+    assert ran.code == 0
+    assert set(ran.json()["result"]) == {"facts", "zoo_truth"}
+    assert ran.json()["versions"]["lm_eval"]
+
+
+def test_eval_names_the_nearest_task(run) -> None:
+    members = ["--strong", "zoo:strong", "--base", "zoo:small", "--expert", "facts=zoo:small/facts"]
+    ran = run("eval", *members, "--tasks", "fcats", "--limit", "2")
+    assert ran.code == 2
+    assert "did you mean 'facts'?" in ran.err
+
+
+def test_the_task_files_can_be_kept_for_the_harness_itself(run, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    ran = run("eval", "--tasks", "facts,truth", "--limit", "3", "--write-tasks", tmp_path / "tasks", "--json")
+    assert ran.code == 0
+    assert ran.json()["result"]["tasks"] == ["zoo_facts", "zoo_truth"]
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    assert {"zoo_facts", "zoo_truth"} <= set(manager.all_tasks)
+
+
+def test_the_harness_finds_the_model_by_its_name(tmp_path: Path) -> None:
+    from lm_eval.api.registry import get_model
+
+    import trimtab.cli.harness
+
+    experts = {"facts": "zoo:small/facts"}
+    FusedCausalLM.from_members("zoo:strong", "zoo:small", experts).save_pretrained(tmp_path / "model")
+    kind = get_model("trimtab")
+    assert kind is trimtab.cli.harness.TrimtabLM
+    opened = kind(pretrained=str(tmp_path / "model"), strategy="mixture")
+    assert opened.model.strategy.to_dict()["amount"] == "mixture"
+    assert opened.max_length == opened.model.config.max_position_embeddings
+
+
+def test_results_are_written_from_all_distinct_items_and_reach_the_readme(run, tmp_path: Path) -> None:
+    page, readme = tmp_path / "docs" / "results.md", tmp_path / "README.md"
+    words = ["--items", "3", "--seeds", "0,1", "--pairs", "far", "--tasks", "facts,truth,domains", "-o", page]
+    ran = run("results", *words)
+    assert ran.code == 0, ran.err
+    found = json.loads(page.with_suffix(".json").read_text())
+    assert [draw["seed"] for draw in found["far"]["draws"]] == [0, 1]
+    assert 3 <= found["far"]["pooled"]["num_items"]["facts"] <= 6
+    text = page.read_text()
+    assert "| DLF, solved exactly |" in text
+    assert "95% bootstrap intervals" in text
+    assert run("results", *words).code == 2  # not overwritten
+    readme.write_text(f"# x\n{START}\nold\n{END}\ny\n")
+    assert run("results", "-o", page, "--update-readme", readme).code == 0
+    assert "old" not in readme.read_text()
+    assert "the paper's rule" in readme.read_text()
+    assert readme.read_text().startswith("# x\n")
+    assert readme.read_text().endswith("y\n")
+    readme.write_text("no markers")
+    ran = run("results", "-o", page, "--update-readme", readme)
+    assert ran.code == 2
+    assert START in ran.err
+
+
+def test_solved_examples_fit_the_context() -> None:
+    tokenizer = load_tokenizer()
+    items = {task: zoo.load_items(task, "test", limit=20) for task in zoo.TUNED_TASKS}
+    found = solved_examples(tokenizer, zoo.TASKS, items, context=256)
+    assert "facts" in found
+    for task, prefix in found.items():
+        for item in items[task]:
+            length = len(tokenizer(prefix + item.prompt + max(item.choices or ("",), key=len))["input_ids"])
+            assert length + zoo.TASKS[task].max_new_tokens <= 256
+    assert found["facts"].count("Q: ") == 3
