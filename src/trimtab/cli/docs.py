@@ -48,7 +48,7 @@ def _row(action: argparse.Action) -> str | None:
         shown = ", ".join(action.option_strings) + ("" if action.nargs == 0 else f" {value}")
     else:
         shown = value
-    has_default = action.default not in (None, False, argparse.SUPPRESS, [], "")
+    has_default = not (action.default is False or action.default in (None, argparse.SUPPRESS, [], ""))
     default = f"`{action.default}`" if has_default else ""
     if action.required and action.option_strings:
         default = "required"

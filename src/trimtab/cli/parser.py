@@ -45,7 +45,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        has_default = action.default not in (None, False, argparse.SUPPRESS, [], ())
+        has_default = not (action.default is False or action.default in (None, argparse.SUPPRESS, [], ()))
         return f"{text} (default: %(default)s)" if has_default and action.option_strings else text
 
 
