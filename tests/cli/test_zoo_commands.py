@@ -162,7 +162,13 @@ def test_results_are_written_from_all_distinct_items_and_reach_the_readme(run, t
     text = page.read_text()
     assert "| DLF, solved exactly |" in text
     assert "95% bootstrap intervals" in text
+    for table in ("single", "multi"):
+        assert f"](results-far-{table}.png)" in text
+        assert (page.parent / f"results-far-{table}.png").read_bytes().startswith(b"\x89PNG")
     assert run("results", *words).code == 2  # not overwritten
+    page.write_text("spoilt")
+    assert run("results", "--redraw", "--force", "-o", page).code == 0
+    assert page.read_text() == text
     readme.write_text(f"# x\n{START}\nold\n{END}\ny\n")
     assert run("results", "-o", page, "--update-readme", readme).code == 0
     assert "old" not in readme.read_text()

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="MD", type=Path, default=Path("docs/results.md"), help="the page")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument(
+        "--redraw", action="store_true", help="measure nothing; write page and pictures again from the JSON beside"
+    )
+    parser.add_argument(
         "--update-readme", metavar="MD", type=Path, help="only put the headline table between this file's markers"
     )
 
@@ -39,12 +42,17 @@ def run(args: argparse.Namespace) -> None:
         result: dict[str, Any] = {"updated": str(args.update_readme), "from": str(beside)}
         output.emit(args.json, output.document(result), lambda: print(args.update_readme))
         return
-    page, beside = output.claim_file(args.output, args.force), output.claim_file(beside, args.force)
+    from trimtab.measure.results import write_page
+
+    page = output.claim_file(args.output, args.force)
+    if args.redraw:
+        write_page(page, read_measured(beside))
+        output.emit(args.json, output.document({"page": str(page), "data": str(beside)}), lambda: print(page))
+        return
+    beside = output.claim_file(beside, args.force)
     seeds = seeds_of(args.seeds)
     found = measure(args, seeds)
-    from trimtab.measure.results import markdown
-
-    page.write_text(markdown(found), encoding="utf-8")
+    write_page(page, found)
     beside.write_text(json.dumps(finite(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     settings = {"pairs": list(found), "items": args.items, "seeds": seeds}
     result = {"page": str(page), "data": str(beside), "pairs": found}
@@ -85,14 +93,20 @@ def measure(args: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
     return collect(documents, pooled)
 
 
+def read_measured(beside: Path) -> dict[str, Any]:
+    """What an earlier run measured."""
+    try:
+        found: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UnreadableModel(f"{beside} cannot be read: {error}.", fix="run `trimtab results` first.") from error
+    return found
+
+
 def update_readme(readme: Path, beside: Path) -> None:
     """The headline table between the markers."""
     from trimtab.measure.results import END, START, headline_table, replace_between_markers
 
-    try:
-        found = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UnreadableModel(f"{beside} cannot be read: {error}.", fix="run `trimtab results` first.") from error
+    found = read_measured(beside)
     try:
         text = readme.read_text(encoding="utf-8")
         readme.write_text(replace_between_markers(text, headline_table(found)), encoding="utf-8")

@@ -15,8 +15,8 @@
 Each message has three lines: what was found, what was expected, what to do.
 """
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class TrimtabError(Exception):

@@ -27,7 +27,7 @@ class Shown:
 
 def write_report(folder: Path, document: Mapping[str, Any], scores: Scores, shown: Sequence[Shown]) -> Path:
     """Write index.html, its plots as PNG, a page per shown answer and the document as JSON; returns the page."""
-    plots = _plots(folder, document)
+    plots = draw_tables(folder, document)
     for answer in shown:
         (folder / f"explain-{answer.task}.html").write_text(explain_page(answer.trace), encoding="utf-8")
         alpha_plot(answer.trace, folder / f"explain-{answer.task}.png")
@@ -221,17 +221,17 @@ def _answer(answer: str, points: float) -> str:
     return f"<td>{mark} {pages.text(short.strip())}</td>"
 
 
-def _plots(folder: Path, document: Mapping[str, Any]) -> dict[str, Path]:
-    """One PNG per table."""
+def draw_tables(folder: Path, document: Mapping[str, Any], prefix: str = "") -> dict[str, Path]:
+    """One PNG per table, named PREFIXsingle.png and PREFIXmulti.png."""
     found: dict[str, Path] = {}
     between = document["intervals"]
     if document["single"]:
-        found["single"] = folder / "single.png"
+        found["single"] = folder / f"{prefix}single.png"
         groups = {**document["single"], "average": document["average"]["single"]}
         spans = {**between["single"], "average": between["average"]["single"]}
         score_plot("One expert per task", groups, spans, found["single"])
     if document["multi"]:
-        found["multi"] = folder / "multi.png"
+        found["multi"] = folder / f"{prefix}multi.png"
         columns = list(tables.multi_grid(document).rows)
         tasks = list(document["multi"][columns[0].column])
         groups = {t: {row.column: document["multi"][row.column][t] for row in columns} for t in tasks}

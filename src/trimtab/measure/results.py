@@ -1,11 +1,12 @@
 """docs/results.md from several draws of test items: what was measured, with its spread, and what did not work."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from trimtab.measure import pages, tables, verdict
-from trimtab.measure.report import paper_grid
+from trimtab.measure.report import draw_tables, paper_grid
 
 Document = Mapping[str, Any]
 START, END = "<!-- results:start -->", "<!-- results:end -->"
@@ -38,8 +39,20 @@ def _spread(documents: Sequence[Document], table: str) -> dict[str, dict[str, fl
     return {c: {"mean": round(fmean(v), 3), "sd": round(stdev(v), 3) if len(v) > 1 else 0.0} for c, v in values.items()}
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """The whole page."""
+def write_page(page: Path, found: Mapping[str, Any]) -> None:
+    """The page, and beside it one picture per pair and table."""
+    for pair, measured in found.items():
+        draw_tables(page.parent, measured["pooled"], prefix=picture_prefix(page, pair))
+    page.write_text(markdown(found, page), encoding="utf-8")
+
+
+def picture_prefix(page: Path, pair: str) -> str:
+    """docs/results.md, far -> results-far-"""
+    return f"{page.stem}-{pair}-"
+
+
+def markdown(found: Mapping[str, Any], page: Path) -> str:
+    """The whole page, as it is to stand at `page`."""
     some = next(iter(found.values()))["pooled"]
     seeds = ", ".join(str(draw["seed"]) for draw in next(iter(found.values()))["draws"])
     per_draw = next(iter(found.values()))["draws"][0]["items"]
@@ -60,11 +73,11 @@ def markdown(found: Mapping[str, Any]) -> str:
         "",
     ]
     for pair, measured in found.items():
-        parts += _pair(pair, measured)
+        parts += _pair(pair, measured, picture_prefix(page, pair))
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _pair(pair: str, measured: Mapping[str, Any]) -> list[str]:
+def _pair(pair: str, measured: Mapping[str, Any], prefix: str) -> list[str]:
     document = measured["pooled"]
     parts = [f"## The {pair} pair", "", "What was found, for the better and for the worse:", ""]
     parts += [f"- {sentence}" for sentence in verdict.sentences(document)]
@@ -72,7 +85,8 @@ def _pair(pair: str, measured: Mapping[str, Any]) -> list[str]:
     parts.append("")
     for grid, table in ((tables.single_grid(document), "single"), (tables.multi_grid(document), "multi")):
         if grid.rows:
-            parts += [f"### {grid.title}", "", _table(grid, measured["spread"].get(table, {})), ""]
+            picture = f"![{grid.title}, {pair} pair]({prefix}{table}.png)"
+            parts += [f"### {grid.title}", "", picture, "", _table(grid, measured["spread"].get(table, {})), ""]
     for grid in tables.unseen_grids(document):
         parts += [f"### {grid.title}", "", _table(grid), ""]
     parts += ["### Beside the paper", "", f"{document['paper']['source']}.", "", _table(paper_grid(document)), ""]
