@@ -31,8 +31,14 @@ format: .venv/.installed  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-results: .venv/.installed  ## measure everything again and write docs/results.md (about half an hour)
+docs: .venv/.installed  ## write the generated pages again: docs/cli.md, docs/strategies.md
+	$(BIN)/python -m trimtab.cli.docs > docs/cli.md
+	$(BIN)/python -m trimtab.logits.docs > docs/strategies.md
+
+results: .venv/.installed  ## measure everything again: docs/results.md, its pictures, docs/zoo.md (about half an hour)
+	$(BIN)/trimtab zoo check --output docs/zoo.md --force
 	$(BIN)/trimtab results --output docs/results.md --force
+	$(BIN)/trimtab results --output docs/results.md --update-readme README.md
 
 zoo: .venv/.installed  ## make the embedded worlds and models again from seeds into runs/zoo (about an hour)
 	$(BIN)/trimtab zoo build --output runs/zoo
