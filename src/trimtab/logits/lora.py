@@ -27,23 +27,28 @@ class AdapterSwitch:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        self._layers = [module for module in self._model.modules() if isinstance(module, kinds)]
+        modules = list(self._model.modules())
+        self._layers: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        # Whole modules that some adapters bring along, an output layer of their own for example.
+        self._wrappers: list[Any] = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         self._selected: str | None = "?"  # unknown, so that the first selection is carried out
 
     @property
     def is_empty(self) -> bool:
         """Whether the model carries no adapter."""
-        return not self._layers
+        return not self._layers and not self._wrappers
 
     def select(self, adapter: str | None) -> None:
         """From now on the model computes with this adapter, or bare."""
         if adapter == self._selected:
             return
-        for layer in self._layers:
+        for layer in (*self._layers, *self._wrappers):
             layer.enable_adapters(adapter is not None)
-            if adapter is not None:
+        if adapter is not None:
+            for layer in self._layers:
                 layer.set_adapter([adapter], inference_mode=True)
+            for wrapper in self._wrappers:
+                wrapper.set_adapter([adapter] if adapter in wrapper._adapters else [], inference_mode=True)
         self._selected = adapter
 
     def attach(self, name: str, directory: Path) -> str:
@@ -54,7 +59,7 @@ class AdapterSwitch:
         import peft
 
         config = read_config(name, directory)
-        adapter = f"{re.sub(r'[^A-Za-z0-9]', '_', name)}_{len(self._layers)}_{self._count()}"
+        adapter = f"{re.sub(r'[^A-Za-z0-9]', '_', name)}_{self._count()}"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # missing keys are raised below; the other remarks concern training

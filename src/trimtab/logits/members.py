@@ -241,7 +241,7 @@ def check_descent(members: Members, read: Callable[[Member, Tensor], Tensor], vo
         cosine = descent.weight_cosine(expert.model, base.model)
         if cosine is not None and cosine > descent.UNRELATED_COSINE:
             continue
-        ids = descent.probe_ids(vocab_size)
+        ids = descent.probe_ids(vocab_size)[:, : min(base.context or 10**9, expert.context or 10**9)]
         kl = descent.mean_kl_nats(read(expert, ids), read(base, ids))
         why = "its weights have other shapes" if cosine is None else f"the cosine of their weights is {cosine:.2f}"
         warnings.warn(

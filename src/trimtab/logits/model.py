@@ -515,6 +515,23 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Drafts for assisted generation; those looked up in the prompt are kept within the length that was asked for.
+
+        transformers lets such a draft reach beyond it and drops the rest later; a member may be unable to read it.
+        """
+        drafts = super()._get_candidate_generator(*args, **kwargs)
+        generation_config = kwargs.get("generation_config")
+        if generation_config is not None and generation_config.prompt_lookup_num_tokens is not None:
+            look_up, limit = drafts.get_candidates, generation_config.max_length - 1
+
+            def within_limit(*inputs: Any, **more: Any) -> Any:
+                candidates, logits = look_up(*inputs, **more)
+                return candidates[:, :limit], logits
+
+            drafts.get_candidates = within_limit
+        return drafts
+
 
 def _is_real(mask: Tensor | None, new_tokens: int, logits_to_keep: int | Tensor) -> Tensor | None:
     """[batch, kept]: which of the positions to be scored are no padding; None: take them all."""

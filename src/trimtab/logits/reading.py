@@ -49,11 +49,12 @@ class Laws:
 
 @dataclass(frozen=True)
 class Feed:
-    """What one member reads: [batch, time] tokens and positions, and a mask that covers the cache, too."""
+    """What one member reads: tokens, positions, a mask that covers the cache, too, and the width of the whole text."""
 
     input_ids: Int[Tensor, "batch time"]
     attention_mask: Int[Tensor, "batch all"] | None
     position_ids: Int[Tensor, "rows time"]
+    width: int
 
     def to(self, device: torch.device) -> dict[str, Any]:
         """As keyword arguments for a model there."""
@@ -107,7 +108,7 @@ class Reader:
             for index, run in enumerate(self.runs)
             if run.context is not None
         ]
-        return min(rooms, default=(None, ""))
+        return min(rooms, key=lambda room: room[0], default=(None, ""))
 
     def logits(
         self,
@@ -122,7 +123,7 @@ class Reader:
         past = cache.get_seq_length() if cache is not None else 0
         if own is None:
             positions = _positions(attention_mask, position_ids, input_ids, past)
-            feeds = [Feed(input_ids, attention_mask, positions)] * len(self.runs)
+            feeds = [Feed(input_ids, attention_mask, positions, past + input_ids.shape[1])] * len(self.runs)
         else:
             feeds = [_own_feed(own, index, input_ids, attention_mask, past) for index in range(len(self.runs))]
         views: Sequence[Any] = cache.views if cache is not None else [None] * len(self.runs)
@@ -142,7 +143,7 @@ class Reader:
 
     def read_alone(self, member: Member, input_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """One member's logits on some tokens, without padding, cache or own prompt."""
-        feed = Feed(input_ids, None, _positions(None, None, input_ids, 0))
+        feed = Feed(input_ids, None, _positions(None, None, input_ids, 0), input_ids.shape[1])
         with torch.no_grad():
             return self.read(member, feed)[..., : self._vocab_size].float().cpu()
 
@@ -195,13 +196,12 @@ def _own_feed(own: OwnPrompts, run: int, input_ids: Tensor, mask: Tensor | None,
     if mask is not None:
         after = mask[:, own.shared_length :].to(after)
     full = torch.cat([own.masks[run], after], dim=-1)
-    return Feed(ids, full, positions_of(full)[:, -ids.shape[1] :])
+    return Feed(ids, full, positions_of(full)[:, -ids.shape[1] :], full.shape[1])
 
 
 def _check_context(run: Member, feed: Feed) -> None:
-    width = feed.attention_mask.shape[1] if feed.attention_mask is not None else None
     # Padding does not count, so positions decide; they are looked at only where the padded width leaves a doubt.
-    if run.context is None or (width is not None and width <= run.context):
+    if run.context is None or feed.width <= run.context:
         return
     tokens = int(feed.position_ids.max()) + 1
     if tokens > run.context:

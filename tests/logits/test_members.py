@@ -1,0 +1,46 @@
+"""References become members: each directory is loaded once, each model is read once."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from fusing import PROMPTS, check_same_tokens, new_tokens
+from trimtab import FusedCausalLM
+
+
+def test_a_directory_in_two_roles_is_loaded_and_read_once(members_dir):
+    strategy = {"amount": "static", "settings": {"alpha": 1.0}}
+    model = FusedCausalLM.from_members(
+        members_dir / "base", members_dir / "base", {"math": members_dir / "math"}, strategy
+    )
+    assert model.members.strong.model is model.members.base.model
+    assert len(model.reader.runs) == 2
+    assert len(model.bodies) == 2
+    inputs, ids = new_tokens(model, PROMPTS)
+    expert = AutoModelForCausalLM.from_pretrained(members_dir / "math")
+    expected = expert.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    check_same_tokens(model, ids, expected, inputs)
+
+
+def test_the_tokenizer_beside_a_member_is_used(members_dir):
+    model = FusedCausalLM.from_members(members_dir / "strong", members_dir / "base", {"math": members_dir / "math"})
+    assert model.tokenizer.get_vocab() == tiny.make_tokenizer().get_vocab()
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (2, 1, 0)
+
+
+def test_number_types_per_member(members_dir):
+    model = FusedCausalLM.from_members(
+        members_dir / "strong", members_dir / "base", {"math": members_dir / "math"}, dtype={"strong": torch.bfloat16}
+    )
+    assert [member.model.dtype for member in model.members] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_a_text_ends_where_any_member_ends_it():
+    base = tiny.make(seed=1)
+    expert = tiny.tuned(base, 2)
+    expert.generation_config.eos_token_id = [1, 40]
+    model = FusedCausalLM.from_members(base, base, {"chat": expert}, "static", tiny.make_tokenizer())
+    assert model.config.eos_token_id == [1, 40]
+    _, ids = new_tokens(model, "Q", max_new_tokens=60)
+    ends = [at for at, token in enumerate(ids[0].tolist()) if token in (1, 40)]
+    assert not ends or ends[0] == ids.shape[1] - 1
