@@ -1,7 +1,7 @@
 """Entropy and divergence of next-token laws given as log-probabilities.
 
-A token whose probability is zero, or too small for the type, counts nothing where its own law weighs the sum. Sums run in the input's type,
-float32 or wider.
+A token whose probability is zero, or too small for the type, counts nothing where its own law weighs the sum. Sums run
+in the input's type, float32 or wider.
 """
 
 import torch
