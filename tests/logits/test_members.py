@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fusing import PROMPTS, check_same_tokens, new_tokens
-from trimtab import FusedCausalLM
+from trimtab import FusedCausalLM, zoo
 
 
 def test_a_directory_in_two_roles_is_loaded_and_read_once(members_dir):
@@ -44,3 +44,24 @@ def test_a_text_ends_where_any_member_ends_it():
     _, ids = new_tokens(model, "Q", max_new_tokens=60)
     ends = [at for at, token in enumerate(ids[0].tolist()) if token in (1, 40)]
     assert not ends or ends[0] == ids.shape[1] - 1
+
+
+def test_embedded_models_are_computed_in_float32():
+    members = ("zoo:medium", "zoo:small", {"facts": "zoo:small/facts-lora"})
+    model = FusedCausalLM.from_members(*members)
+    assert {member.model.dtype for member in model.members} == {torch.float32}
+    prompts = [item.prompt for item in zoo.load_items("facts", limit=8)]
+    inputs, ids = new_tokens(model, prompts)
+    check_same_tokens(model, ids, new_tokens(model, prompts, use_cache=False)[1], inputs)
+    for row, prompt in enumerate(prompts[:3]):
+        single, alone = new_tokens(model, prompt)
+        check_same_tokens(model, ids[row : row + 1], alone, single)
+    narrow = FusedCausalLM.from_members(*members, dtype=torch.bfloat16)
+    assert {member.model.dtype for member in narrow.members} == {torch.bfloat16}
+
+
+def test_an_adapter_on_the_embedded_strong_model_is_a_member():
+    model = FusedCausalLM.from_members("zoo:strong/facts", "zoo:strong", {"facts": "zoo:strong/facts"}, "static")
+    assert len(model.bodies) == 1
+    assert len(model.reader.runs) == 2
+    assert model.generate_text(zoo.load_items("facts", limit=1)[0].prompt, max_new_tokens=4)

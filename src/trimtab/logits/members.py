@@ -21,15 +21,26 @@ RESERVED = ("strong", "base", "fused")
 
 @dataclass(frozen=True)
 class Placement:
-    """How members are loaded: number type and device, one for all or {member: ...}; None: as stored, on the CPU."""
+    """How members are loaded, each setting one for all or {member: ...}.
+
+    dtype     None or "auto": as stored; embedded models, which are stored narrow to be small, in float32
+    device    None: the CPU
+    """
 
     dtype: Any = None
     device: Any = None
     attn_implementation: str | None = None
 
-    def of(self, name: str, setting: Any) -> Any:
-        """The setting of one member."""
-        return setting.get(name) if isinstance(setting, Mapping) else setting
+    def dtype_of(self, name: str, reference: Reference) -> Any:
+        """The number type of one member."""
+        dtype = self.dtype.get(name) if isinstance(self.dtype, Mapping) else self.dtype
+        if dtype is None or dtype == "auto":
+            return torch.float32 if reference.is_zoo else "auto"
+        return dtype
+
+    def device_of(self, name: str) -> Any:
+        """The device of one member; None: where it was loaded."""
+        return self.device.get(name) if isinstance(self.device, Mapping) else self.device
 
 
 @dataclass
@@ -101,7 +112,7 @@ class Shelf:
         references.check_digest(name, reference, directory)
         tokenizer = vocabulary.load_tokenizer(directory)
         if not references.is_adapter(directory):
-            return Member(name, self._load(name, directory), None, reference, directory, tokenizer)
+            return Member(name, self._load(name, reference, directory), None, reference, directory, tokenizer)
         under = self._under(name, directory, base)
         switch = self.switches.setdefault(id(under.model), lora.AdapterSwitch(under.model))
         key = ("adapter", directory, id(under.model))
@@ -144,7 +155,8 @@ class Shelf:
                 "adapter_config.json names it in base_model_name_or_path.",
                 "write it there, or merge the adapter into a model of its own.",
             )
-        return self.member(name, Reference(str(located)) if located is not None else recorded)
+        is_path = located is not None and not recorded.startswith(references.ZOO)
+        return self.member(name, Reference(str(located)) if is_path else recorded)
 
     def _find(self, recorded: str | None, directory: Path) -> Path | None:
         """The local directory that an adapter names as its base, if there is one; never asks the network."""
@@ -157,26 +169,29 @@ class Shelf:
                 return place.resolve()
         return None
 
-    def _load(self, name: str, directory: Path) -> Any:
-        if directory not in self._models:
-            self._models[directory] = load_model(name, directory, self._placement)
-        return self._models[directory]
+    def _load(self, name: str, reference: Reference, directory: Path) -> Any:
+        dtype, device = self._placement.dtype_of(name, reference), self._placement.device_of(name)
+        key = (directory, str(dtype), str(device))
+        if key not in self._models:
+            self._models[key] = load_model(name, directory, dtype, device, self._placement.attn_implementation)
+        return self._models[key]
 
 
-def load_model(name: str, directory: Path, placement: Placement) -> Any:
+def load_model(
+    name: str, directory: Path, dtype: Any = "auto", device: Any = None, attn_implementation: str | None = None
+) -> Any:
     """A causal language model from safetensors, complete: no weight missing, none reinitialised, no foreign code.
 
     raises    UnreadableModel when weights are missing or have another shape, or the files cannot be read
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = placement.of(name, placement.dtype)
     try:
         with quiet_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(directory),
-                dtype=dtype if dtype is not None else "auto",
-                attn_implementation=placement.attn_implementation,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -196,7 +211,6 @@ def load_model(name: str, directory: Path, placement: Placement) -> Any:
             "write the directory again with save_pretrained.",
         )
     _check_kind(name, model)
-    device = placement.of(name, placement.device)
     return (model if device is None else model.to(device)).eval()
 
 

@@ -90,7 +90,8 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         strategy        a Strategy, an amount's name, or {"amount", "chooser", "settings"}
         tokenizer       what all members share; None: the one beside the strong model, or beside another member
         prompts         {member: form} for members that read a prompt of their own, see `trimtab.logits.prompts`
-        dtype, device   for all members or {member: ...}; None: as stored, on the CPU; loaded models stay as they are
+        dtype, device   for all members or {member: ...}; None: as stored (embedded models: float32), on the CPU; loaded
+                        models stay as they are
         raises          VocabularyMismatch, MemberMismatch, UnreadableModel, OfflineError, UnknownName, BadSetting
         warns           TrimtabWarning for an expert that does not descend from the base
         """
