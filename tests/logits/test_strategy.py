@@ -128,6 +128,15 @@ def test_one_hot_members_never_make_a_nan(amount, chooser):
         torch.testing.assert_close(fusion.log_probs.exp().sum(-1), torch.ones(4))
 
 
+def test_narrow_members_are_fused_in_float32():
+    laws = draw_members(3, 9, 2, seed=8)
+    narrow = [law.bfloat16() for law in laws]
+    for amount in AMOUNTS:
+        fusion = make_strategy(amount)(*narrow)
+        assert fusion.log_probs.dtype == fusion.kl_nats.dtype == torch.float32
+        torch.testing.assert_close(fusion.log_probs, make_strategy(amount)(*(x.float() for x in narrow)).log_probs)
+
+
 def test_float64_members_give_float64_laws():
     strong, base, experts = (law.double() for law in draw_members(3, 9, 1, seed=8))
     assert make_strategy("dynamic")(strong, base, experts).log_probs.dtype == torch.float64

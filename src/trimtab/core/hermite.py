@@ -11,9 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# In intervals narrower than this the polynomial's second derivative is mostly rounding, and A'' nearly straight.
-NARROW = 3e-3
-
 # Instead of a width or a slope of zero in a denominator; its inverse square still fits into float32.
 TINY = 1e-18
 
@@ -42,12 +39,11 @@ def sketch(left: Float[Tensor, "4 *interval"], right: Float[Tensor, "4 *interval
     alpha = left[ALPHA].unsqueeze(-1) + width.unsqueeze(-1) * at
     (alpha_l, value_l, slope_l, _), (alpha_r, value_r, slope_r, _) = left.unsqueeze(-1), right.unsqueeze(-1)
     tangents = torch.maximum(value_l + slope_l * (alpha - alpha_l), value_r - slope_r * (alpha_r - alpha))
-    straight = left[VARIANCE].unsqueeze(-1) * (1.0 - at) + right[VARIANCE].unsqueeze(-1) * at
     return Sketch(
         alpha=alpha,
         log_partition=torch.maximum(value, tangents),
         mean=torch.clamp(slope * per_width, slope_l, slope_r),
-        variance=torch.where(width.unsqueeze(-1) < NARROW, straight, curvature * per_width.square()).clamp_min(0.0),
+        variance=(curvature * per_width.square()).clamp_min(0.0),
     )
 
 

@@ -29,6 +29,7 @@ LEFT, PREDICTED, PLACE, POSSIBLE, PROBE, FLOOR = range(6)
 WORTH = 1e-13  # a predicted gain below this share of J(0) is rounding
 CLOSE_ENOUGH = 2e-6  # an alpha this close to an evaluated one is not evaluated again ...
 SMALL_GAIN = 1e-8  # ... unless J is so steep that it would fall by more than this
+NARROW = 1e-3  # in an interval narrower than this only the exact slopes at its ends are believed
 NARROWEST = 1e-7  # an interval narrower than this is not divided
 CUT = 0.3  # where the interpolation is not to be trusted, an evaluation cuts off this share of the interval
 NO_MOVE = 1e-12  # divergences below this, in nats, are rounding: the law has not moved
@@ -143,39 +144,52 @@ def _settle(left: Tensor, notes: Tensor, targets: Tensor, last: Tensor) -> Tenso
 
 def _appraise(left: Tensor, right: Tensor, targets: Tensor) -> Tensor:
     """The notes on intervals between the nodes `left` and `right` [4, ..., row]: [6, ..., row]."""
-    width = right[ALPHA] - left[ALPHA]
-    left_objective, right_objective = _objective(left, targets), _objective(right, targets)
-    ends = torch.minimum(left_objective, right_objective)
-    floor = _floor(left, right, targets)
     inside = sketch(left, right)
     f_miss = inside.alpha * inside.mean - inside.log_partition - targets[0].unsqueeze(-1)
     g_miss = inside.log_partition - targets[1].unsqueeze(-1)
-
-    value_doubt, mean_doubt = doubt(left, right)
-    f_doubt, g_doubt = right[ALPHA] * mean_doubt + value_doubt, value_doubt
-    possible = (f_miss.abs() - f_doubt.unsqueeze(-1)).clamp_min(0.0).square()
-    possible += (g_miss.abs() - g_doubt.unsqueeze(-1)).clamp_min(0.0).square()
-
     half_slope = f_miss * inside.alpha * inside.variance + g_miss * inside.mean
     half_slope[..., 0], half_slope[..., -1] = _half_slope(left, targets), _half_slope(right, targets)
-    predicted, place = _lowest(inside.alpha, f_miss.square() + g_miss.square(), half_slope)
-    # Close to an end the exact slope there says more than the interpolation, which is down to rounding.
-    to_left, to_right = place - left[ALPHA], right[ALPHA] - place
-    falls = torch.minimum(
-        left_objective + 2.0 * half_slope[..., 0].clamp_max(0.0) * to_left,
-        right_objective - 2.0 * half_slope[..., -1].clamp_min(0.0) * to_right,
-    )
-    near = torch.minimum(to_left, to_right)
-    predicted = torch.where(near < 5.0 * CLOSE_ENOUGH, torch.maximum(predicted, falls), predicted)
-    is_idle = (near < CLOSE_ENOUGH) & (predicted > ends - SMALL_GAIN) | (width < NARROWEST)
-    predicted = predicted.masked_fill(is_idle, torch.inf)
-
-    possible = torch.maximum(floor, torch.minimum(possible.amin(dim=-1), torch.minimum(ends, predicted)))
-    possible = possible.masked_fill(width < NARROWEST, torch.inf)
+    ends = torch.stack([_objective(left, targets), _objective(right, targets)], dim=-1)
+    predicted, place = _predict(inside.alpha, f_miss.square() + g_miss.square(), half_slope, ends)
+    floor = _floor(left, right, targets)
+    possible = torch.minimum(_possible(left, right, f_miss, g_miss), torch.minimum(ends.amin(dim=-1), predicted))
+    width = right[ALPHA] - left[ALPHA]
+    possible = torch.maximum(floor, possible).masked_fill(width < NARROWEST, torch.inf)
     margin = _margin(left, right)
     place = torch.clamp(place, left[ALPHA] + margin, right[ALPHA] - margin)
     probe = torch.clamp(kink(left, right), left[ALPHA] + 0.1 * width, right[ALPHA] - 0.1 * width)
-    return torch.stack([left_objective, predicted, place, possible, probe, floor])
+    return torch.stack([ends[..., 0], predicted, place, possible, probe, floor])
+
+
+def _predict(alpha: Tensor, objective: Tensor, half_slope: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest J inside intervals, inf when not worth an evaluation, and where.
+
+    alpha, objective, half_slope  [..., place]  interpolated; the slopes at both ends are exact
+    ends                          [..., 2]      exact J at both ends
+    """
+    predicted, place = _lowest(alpha, objective, half_slope)
+    # Where the interpolation is down to rounding, in narrow intervals and close to an end, the exact slopes say more.
+    end_alphas, end_slopes = (torch.stack([x[..., 0], x[..., -1]], dim=-1) for x in (alpha, half_slope))
+    narrow_predicted, narrow_place = _lowest(end_alphas, ends, end_slopes)
+    width = alpha[..., -1] - alpha[..., 0]
+    predicted = torch.where(width < NARROW, narrow_predicted, predicted)
+    place = torch.where(width < NARROW, narrow_place, place)
+    distance = (end_alphas - place.unsqueeze(-1)).abs()  # [..., 2]
+    inward = torch.stack([end_slopes[..., 0], -end_slopes[..., 1]], dim=-1)
+    falls = (ends + 2.0 * inward.clamp_max(0.0) * distance).amin(dim=-1)
+    near = distance.amin(dim=-1)
+    predicted = torch.where(near < 5.0 * CLOSE_ENOUGH, torch.maximum(predicted, falls), predicted)
+    is_idle = (near < CLOSE_ENOUGH) & (predicted > ends.amin(dim=-1) - SMALL_GAIN) | (width < NARROWEST)
+    return predicted.masked_fill(is_idle, torch.inf), place
+
+
+def _possible(left: Tensor, right: Tensor, f_miss: Tensor, g_miss: Tensor) -> Tensor:
+    """The lowest J inside intervals if the interpolation is as wrong as it may be, from its misses [..., place]."""
+    value_doubt, mean_doubt = doubt(left, right)
+    f_doubt = (right[ALPHA] * mean_doubt + value_doubt).unsqueeze(-1)
+    f_left = (f_miss.abs() - f_doubt).clamp_min(0.0)
+    g_left = (g_miss.abs() - value_doubt.unsqueeze(-1)).clamp_min(0.0)
+    return (f_left.square() + g_left.square()).amin(dim=-1)
 
 
 def _floor(left: Tensor, right: Tensor, targets: Tensor) -> Tensor:
@@ -191,7 +205,7 @@ def _lowest(alpha: Tensor, objective: Tensor, half_slope: Tensor) -> tuple[Tenso
     predicted, cell = torch.where(turns, lower, torch.inf).min(dim=-1, keepdim=True)
     start, width = alpha.gather(-1, cell), alpha.diff(dim=-1).gather(-1, cell)
     falling, rising = half_slope.gather(-1, cell), half_slope.gather(-1, cell + 1)
-    share = (-falling / (rising - falling).clamp_min(TINY)).clamp(0.0, 1.0)
+    share = (-falling / (rising - falling).clamp_min(torch.finfo(alpha.dtype).tiny)).clamp(0.0, 1.0)
     from_left = objective.gather(-1, cell) + falling * share * width
     from_right = objective.gather(-1, cell + 1) - rising * (1.0 - share) * width
     predicted = torch.where(predicted == torch.inf, torch.inf, torch.minimum(from_left, from_right))
@@ -274,7 +288,7 @@ def _crossing(left: Tensor, right: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     excess[..., 0], excess[..., -1] = _excess(left, targets), _excess(right, targets)
     cell = (excess >= 0.0).to(torch.int8).argmax(dim=-1, keepdim=True).clamp_min(1) - 1
     low, high = excess.gather(-1, cell), excess.gather(-1, cell + 1)
-    share = (-low / (high - low).clamp_min(TINY)).clamp(0.0, 1.0)
+    share = (-low / (high - low).clamp_min(torch.finfo(low.dtype).tiny)).clamp(0.0, 1.0)
     root = (inside.alpha.gather(-1, cell) + share * inside.alpha.diff(dim=-1).gather(-1, cell)).squeeze(-1)
     margin = _margin(left, right)
     return root, torch.clamp(root, left[ALPHA] + margin, right[ALPHA] - margin)

@@ -63,10 +63,12 @@ class Strategy:
 
         strong, base  [batch, vocab]          log-probabilities (log-softmax of the logits), float32 or wider
         experts       [expert, batch, vocab]  same token ids, same base for all
-        returns       Fusion, in the type of `strong`
+        returns       Fusion, in the type of `strong`, but at least float32
         raises        MemberMismatch when there is no expert, or not as many as `expert_names`
         """
         self._check_count(experts.shape[0])
+        if torch.finfo(strong.dtype).bits < 32:  # fusion multiplies rounding errors
+            strong, base, experts = strong.float(), base.float(), experts.float()
         places = torch.arange(experts.shape[0], device=experts.device)
         step = Step(strong, base, experts, places.unsqueeze(-1).expand(experts.shape[:2]), self.expert_names)
         if self.amount.uses_experts:
