@@ -1,6 +1,7 @@
 """The zoo's models of one pair, ready for a study: each loaded once, fused as the study asks."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,10 @@ def load_alone(name: str) -> Any:
     from peft import PeftModel
 
     under = load_alone(name.partition("/")[0])
-    return PeftModel.from_pretrained(under, str(folder)).merge_and_unload().eval()
+    with warnings.catch_warnings():
+        # peft asks a transformers property of its old name; nothing here depends on the answer.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return PeftModel.from_pretrained(under, str(folder)).merge_and_unload().eval()
 
 
 def load_tokenizer() -> Any:
