@@ -195,7 +195,7 @@ def test_nothing_depends_on_reading_values_back():
     assert family.evaluations == 2 * EVALUATIONS
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_nothing_is_copied_back_from_a_gpu():
     laws = [law.cuda() for law in draw_laws("heavy", rows=64, vocab=200, seed=1)]
     solve(*laws)

@@ -58,7 +58,6 @@ def test_the_minimum_is_the_scans_on_random_models(strength):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (zoo.root() / "models").exists(), reason="there is no zoo yet: trimtab zoo build")
 @pytest.mark.parametrize("task", zoo.TUNED_TASKS)
 @pytest.mark.parametrize("size", ["small", "medium"])
 def test_the_minimum_is_the_scans_at_every_position_of_a_zoo_trio(members, size, task):

@@ -58,6 +58,7 @@ def test_a_finished_build_makes_nothing_again(quick_zoo):
         yield lambda done, loss: None
 
     before = json.loads((quick_zoo / "manifest.json").read_text())
+    assert before["models"]["strong"]["again"]["steps"] == PLAN.again.steps
     build(quick_zoo, PLAN, record)
     assert made == ["corpus"]
     assert json.loads((quick_zoo / "manifest.json").read_text()) == before
@@ -78,7 +79,7 @@ def test_another_recipe_is_made_anew(quick_zoo, tmp_path):
     shutil.copytree(quick_zoo, copy)
     tuning = tuple((task, replace(recipe, steps=3) if task == "facts" else recipe) for task, recipe in PLAN.tuning)
     build(copy, replace(PLAN, tuning=tuning), record)
-    assert made == ["corpus", "small/facts", "small/facts-lora", "medium/facts", "strong/facts"]
+    assert made == ["corpus", "strong/facts", "medium/facts", "small/facts", "small/facts-lora"]
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ QUICK_PLAN = Plan(
     strong=Size(64, 2),
     medium=Size(48, 2),
     small=Size(32, 1),
-    again=Recipe(10, 1e-3, 16),
+    again=Recipe(20, 1e-3, 16),
     tuning=tuple((task, Recipe(20, 2e-3, 16)) for task in (*TUNED_TASKS, "mixed")),
 )
 
@@ -147,22 +147,20 @@ def _make_model(
     if receipt.exists() and {**json.loads(receipt.read_text()), "seconds": None} == {**made_by, "seconds": None}:
         return
     started = time.monotonic()
-    with bar(job.name, job.recipe.steps) as progress:
-        if job.parent:
-            model = AutoModelForCausalLM.from_pretrained(model_path(job.parent, folder), dtype=torch.float32)
-            items = train[job.task] if job.task in train else [item for drawn in train.values() for item in drawn]
+    if job.parent:
+        model = AutoModelForCausalLM.from_pretrained(model_path(job.parent, folder), dtype=torch.float32)
+        items = train[job.task] if job.task in train else [item for drawn in train.values() for item in drawn]
+        with bar(job.name, job.recipe.steps) as progress:
             tuned = tune(model, tokenizer, items, job.recipe, seed=plan.seed, progress=progress)
-        else:
-            base = make_model(getattr(plan, job.name), tokenizer, plan.seed)
-            pretrain(
-                base, rows, job.recipe, seed=plan.seed, progress=progress, checkpoint=folder / f"{job.name}.checkpoint"
-            )
-            tuned = base
+    else:
+        tuned = _make_base(folder, job, plan, tokenizer, rows, bar)
+    tuned.to(torch.bfloat16)
     if job.recipe.lora_rank:
         tuned.peft_config["default"].base_model_name_or_path = PREFIX + job.parent
+        tuned.save_pretrained(path, save_embedding_layers=False)  # "auto" would look for zoo:NAME on a hub
     else:
         tokenizer.save_pretrained(path)
-    tuned.to(torch.bfloat16).save_pretrained(path)
+        tuned.save_pretrained(path)
     (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
     receipt.write_text(json.dumps({**made_by, "seconds": round(time.monotonic() - started, 1)}, indent=2) + "\n")
 

@@ -3,6 +3,7 @@
 bf16 autocast, right padding without a mask (padding lies behind every label), AdamW with a one-cycle rate.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -120,12 +121,7 @@ def tune(
     torch.manual_seed(seed)
     tuned: PreTrainedModel | PeftModel = model
     if recipe.lora_rank:
-        tuned = get_peft_model(
-            model,
-            LoraConfig(
-                r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-        )
+        tuned = _with_adapter(model, recipe.lora_rank)
     generator = torch.Generator().manual_seed(seed)
     encoded = [_encode(tokenizer, item) for item in items]
 
@@ -135,6 +131,14 @@ def tune(
 
     _optimise(tuned, batch, recipe, weight_decay=0.0, progress=progress)
     return tuned
+
+
+def _with_adapter(model: PreTrainedModel, rank: int) -> PeftModel:
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        # peft asks a transformers property of its old name; nothing here depends on the answer.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, item: Item) -> tuple[list[int], list[int]]:
@@ -221,6 +225,7 @@ def _restore(
                 "exp_avg": stored.get_tensor(f"{i}.first"),
                 "exp_avg_sq": stored.get_tensor(f"{i}.second"),
             }
+    optimiser.step()  # does nothing without gradients; the schedule wants to see one before its own steps
     for _ in range(step):
         schedule.step()
     return step
