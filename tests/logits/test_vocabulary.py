@@ -46,6 +46,21 @@ def test_padding_rows_are_cut():
     check_same_tokens(model, ids, new_tokens(model, PROMPTS, use_cache=False)[1], inputs)
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True}], ids=str)
+def test_a_member_with_padding_rows_may_assist(options):
+    base = tiny.make(seed=1, vocab=tiny.VOCAB + 12)
+    with torch.no_grad():
+        base.lm_head.weight[tiny.VOCAB :] *= 3  # drafted now and then
+    strong, expert = tiny.make(seed=0), tiny.tuned(base, 2)
+    model = FusedCausalLM.from_members(strong, base, {"math": expert}, "dynamic", tiny.make_tokenizer())
+    inputs, greedy = new_tokens(model, PROMPTS[0])
+    for assistant in (base, expert, strong):
+        ids = new_tokens(model, PROMPTS[0], assistant_model=assistant, **options)[1]
+        assert ids.max() < tiny.VOCAB
+        if not options["do_sample"]:
+            check_same_tokens(model, ids, greedy, inputs)
+
+
 def test_a_member_with_too_few_rows_is_refused():
     base = tiny.make(seed=1, vocab=tiny.VOCAB - 3)
     with pytest.raises(VocabularyMismatch, match=f"member 'base' scores {tiny.VOCAB - 3} tokens, the tokenizer has"):

@@ -17,6 +17,7 @@ from trimtab.logits import descent, lora, references, vocabulary
 from trimtab.logits.references import Reference
 
 RESERVED = ("strong", "base", "fused")
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names for device maps
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Placement:
     """How members are loaded, each setting one for all or {member: ...}.
 
     dtype     None or "auto": as stored; embedded models, which are stored narrow to be small, in float32
-    device    None: the CPU
+    device    None: the CPU; "auto" and its kin: spread by transformers over what there is (needs accelerate)
     """
 
     dtype: Any = None
@@ -40,7 +41,7 @@ class Placement:
 
     def device_of(self, name: str) -> Any:
         """The device of one member; None: where it was loaded."""
-        return self.device.get(name) if isinstance(self.device, Mapping) else self.device
+        return self.device.get("", self.device.get(name)) if isinstance(self.device, Mapping) else self.device
 
 
 @dataclass
@@ -192,6 +193,7 @@ def load_model(
                 str(directory),
                 dtype=dtype,
                 attn_implementation=attn_implementation,
+                device_map=device if device in SPREADING else None,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -211,7 +213,7 @@ def load_model(
             "write the directory again with save_pretrained.",
         )
     _check_kind(name, model)
-    return (model if device is None else model.to(device)).eval()
+    return (model if device is None or device in SPREADING else model.to(device)).eval()
 
 
 def gather(

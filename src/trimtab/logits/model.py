@@ -516,21 +516,32 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """Drafts for assisted generation; those looked up in the prompt are kept within the length that was asked for.
+    def _validate_generation_mode(self, mode: Any, generation_config: Any, mode_kwargs: dict[str, Any]) -> None:
+        """A member may assist although its output layer has padding rows: its tokens are the same."""
+        if any(mode_kwargs.get("assistant_model") is body for body in self.bodies):
+            mode_kwargs = {name: value for name, value in mode_kwargs.items() if name != "assistant_model"}
+        super()._validate_generation_mode(mode, generation_config, mode_kwargs)
 
-        transformers lets such a draft reach beyond it and drops the rest later; a member may be unable to read it.
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Drafts for assisted generation, within the length that was asked for and the fused vocabulary.
+
+        transformers lets a draft that was looked up in the prompt reach beyond the length and drops the rest later; a
+        member may be unable to read it. A drafted padding row ends the draft before it; the law of what remains is the
+        assistant's on the fused vocabulary, so sampling stays exact.
         """
         drafts = super()._get_candidate_generator(*args, **kwargs)
-        generation_config = kwargs.get("generation_config")
-        if generation_config is not None and generation_config.prompt_lookup_num_tokens is not None:
-            look_up, limit = drafts.get_candidates, generation_config.max_length - 1
+        draft, vocab = drafts.get_candidates, self.config.vocab_size
+        most = kwargs["generation_config"].max_length - 1
 
-            def within_limit(*inputs: Any, **more: Any) -> Any:
-                candidates, logits = look_up(*inputs, **more)
-                return candidates[:, :limit], logits
+        def readable_draft(input_ids: Tensor, **more: Any) -> Any:
+            candidates, logits = draft(input_ids, **more)
+            start = input_ids.shape[1]
+            beyond = (candidates[0, start:] >= vocab).nonzero().flatten().tolist()
+            end = max(start, min([most, candidates.shape[1], *(start + at for at in beyond[:1])]))
+            is_bare = logits is None or end == start  # transformers wants no law where there is no draft
+            return candidates[:, :end], None if is_bare else logits[:, : end - start, :vocab]
 
-            drafts.get_candidates = within_limit
+        drafts.get_candidates = readable_draft
         return drafts
 
 
