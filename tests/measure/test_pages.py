@@ -1,7 +1,6 @@
 """Pages opened in a real headless Chromium, and the texts that try to break them."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,17 +8,6 @@ import pytest
 from trimtab.measure import pages, plots
 from trimtab.measure.explain_page import explain_page, speaker_of
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 EVIL = "Q: </script><script>document.title='gone'</script> & <b>\"bold\"</b> {{style}} \u2028 ?\nA:"
 MEMBERS = ("strong", "base", "facts", "sums", "fused")
 
@@ -53,17 +41,6 @@ def make_trace(has_alpha: bool = True, prompt: str = EVIL) -> dict:
         "expert_names": ["facts", "sums"],
         "steps": steps,
     }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    assert CHROMIUM is not None, "the page tests need Chromium: install it with the system's package manager"
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

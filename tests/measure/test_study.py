@@ -232,6 +232,23 @@ def test_the_report_folder_holds_page_plots_and_document(tmp_path: Path, panel, 
     assert json.loads((tmp_path / "results.json").read_text())["items"] == 12
 
 
+def test_the_report_page_shows_the_figures_in_a_browser(tmp_path: Path, browser, document, scores) -> None:
+    file = report.write_report(tmp_path, document, scores, [])
+    page = browser.new_page()
+    troubles: list[str] = []
+    page.on("request", lambda request: None if request.url.startswith("file:") else troubles.append(request.url))
+    page.goto(file.as_uri())
+    table = page.locator("table").first
+    shown = table.locator("tr[data-column=dynamic] td[data-head=average]").inner_text().split()
+    low, high = document["intervals"]["average"]["single"]["dynamic"]
+    assert float(shown[0]) == pytest.approx(document["average"]["single"]["dynamic"], abs=0.051)
+    assert (float(shown[-3]), float(shown[-1])) == pytest.approx((low, high), abs=0.051)
+    assert page.locator("img").count() == 2
+    assert page.locator("img").first.evaluate("image => image.naturalWidth") > 500
+    page.close()
+    assert [url for url in troubles if not url.startswith("data:")] == []
+
+
 def test_the_star_marks_the_best_strategy_and_never_a_model_alone(scores) -> None:
     best = with_scores(scores, {"ceiling": 100.0, "mixture": 99.0})
     document = {**summary.summarise(best, TUNED, num_draws=50), "pair": "far"}

@@ -10,7 +10,6 @@ from trimtab.measure.report import draw_tables, paper_grid
 
 Document = Mapping[str, Any]
 START, END = "<!-- results:start -->", "<!-- results:end -->"
-HEADLINE = ("strong", "expert", "static_0.5", "static_1.0", "static_1.5", "mixture", "product", "filter", "dynamic")
 
 
 def collect(pairs: Mapping[str, Sequence[Document]], pooled: Mapping[str, Document]) -> dict[str, Any]:
