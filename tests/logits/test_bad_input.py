@@ -141,6 +141,15 @@ def test_a_generation_ends_where_a_context_is_full_and_says_so():
         model.generate(**inputs, max_new_tokens=50, prompt_lookup_num_tokens=5, do_sample=False, eos_token_id=83)
 
 
+def test_texts_that_ended_in_time_are_no_cause_for_a_warning():
+    model = fuse()
+    inputs = model.encode("x" * 120)
+    first = int(model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1])
+    assert model.generate(**inputs, max_new_tokens=50, do_sample=False, eos_token_id=first).shape[1] == 121
+    with pytest.warns(TrimtabWarning, match="were cut after 1 new tokens"):
+        assert model.generate(**model.encode("x" * 128), do_sample=False).shape[1] == 129
+
+
 def test_a_members_own_longer_prompt_counts():
     model = fuse(prompts={"math": "x" * 100 + "{prompt}"})
     with pytest.warns(TrimtabWarning, match=r"cut after 19 new tokens: the context of member 'math' is full"):

@@ -79,6 +79,19 @@ def test_the_end_of_text_is_the_last_step(fused):
     cut = fused.trace("Q", max_new_tokens=12, do_sample=False, eos_token_id=list(ends))
     first = [step.token_id in ends for step in trace.steps].index(True)
     assert [step.token_id for step in cut.steps] == [step.token_id for step in trace.steps[: first + 1]]
+    pair = fused.generate(
+        **fused.encode(["Q", "Other"]), max_new_tokens=12, do_sample=False, eos_token_id=list(ends), trace=True
+    )
+    assert [step.token_id for step in pair[0].steps] == [step.token_id for step in cut.steps]
+    stopped = fused.generate(
+        **fused.encode(["Q", "Other"]),
+        max_new_tokens=12,
+        do_sample=False,
+        trace=True,
+        stop_strings=[trace.steps[3].token],
+        tokenizer=fused.tokenizer,
+    )
+    assert [step.token_id for step in stopped[0].steps] == [step.token_id for step in cut.steps]
 
 
 def test_token_ids_can_be_traced_and_amounts_without_alpha():

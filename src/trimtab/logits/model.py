@@ -6,7 +6,6 @@ unchanged. What is fused at a position depends on that position's logits alone.
 
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,27 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from trimtab.core.errors import BadSetting, TrimtabWarning
+from trimtab.core.errors import BadSetting
 from trimtab.logits import members as member_loading
 from trimtab.logits import prompts as prompt_forms
 from trimtab.logits import saving, vocabulary
 from trimtab.logits.cache import FusedCache
 from trimtab.logits.config import FusedConfig
+from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
+from trimtab.logits.generation import FusedGenerationMixin
 from trimtab.logits.members import Members, Placement
 from trimtab.logits.prompts import OwnPrompts, PromptForm
-from trimtab.logits.reading import BrokenLaw, Reader, kept_after_prompt, too_long
+from trimtab.logits.reading import Reader, kept_after_prompt
 from trimtab.logits.strategy import Strategy, make_strategy, strategy_from_dict
 from trimtab.logits.trace import Trace, TraceStep, trace_steps
 
 NOT_OFFERED = ("inputs_embeds", "output_attentions", "output_hidden_states")
-OWN_INPUTS = ("member_prompt_ids", "member_prompt_mask", "prompt_length")
 
 
-class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc]
     """Strong + strategy(experts - base) as one causal language model; its logits are fused log-probabilities.
 
     Build it with `from_members`, or open a directory with `from_pretrained`.
@@ -61,6 +61,7 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         # Registered once each, the strong model first: transformers takes device and dtype from the first parameter.
         self.bodies = nn.ModuleList(list({id(member.model): member.model for member in members}.values()))
         self.reader = Reader(members, self.forms, config.vocab_size)
+        self.encoder = PromptEncoder(tokenizer, self.member_names, self.forms, config.pad_token_id or 0)
         self.strategy = strategy
         self.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -180,7 +181,7 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     @property
     def has_own_prompts(self) -> bool:
         """Whether any member reads another prompt than the plain one."""
-        return any(not form.is_plain for form in self.forms.values())
+        return bool(self.encoder.readers)
 
     def get_input_embeddings(self) -> Any:
         """The strong model's."""
@@ -275,45 +276,10 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
         raises    EmptyPrompt; BadSetting without a tokenizer
         """
-        rows = prompt_forms.as_prompts(prompts)
-        if self.tokenizer is None:
-            raise BadSetting("this fused model has no tokenizer.", fix="pass tokenizer=... to from_members.")
-        return self._encode(rows, [PromptForm().render(self.tokenizer, prompt) for prompt in rows])
+        return self._placed(self.encoder.encode(prompts))
 
-    def _encode(self, prompts: Sequence[Any], shared: Sequence[list[int]]) -> dict[str, Any]:
-        """Inputs of prompts whose shared tokens are known."""
-        if not all(shared):
-            raise prompt_forms.empty_prompt(f"prompt {[len(ids) for ids in shared].index(0)} has no tokens.")
-        pad_id = self.config.pad_token_id or 0
-        ids, mask = prompt_forms.left_padded(shared, pad_id)
-        inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-        if not self.has_own_prompts:
-            return inputs
-        forms = [self.forms.get(name, PromptForm()) for name in self.member_names]
-        rendered = [
-            plain if form.is_plain else form.render(self.tokenizer, prompt)
-            for prompt, plain in zip(prompts, shared, strict=True)
-            for form in forms
-        ]
-        own_ids, own_mask = prompt_forms.left_padded(rendered, pad_id)
-        shape = (len(shared), len(forms), own_ids.shape[1])
-        own = (own_ids.view(shape).to(self.device), own_mask.view(shape).to(self.device), ids.shape[1])
-        return inputs | dict(zip(OWN_INPUTS, own, strict=True))
-
-    def _encode_tokens(self, input_ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        """The members' own prompts for tokens that came without them: rendered from the text that they decode to."""
-        kept = torch.ones_like(input_ids) if mask is None else mask
-        shared = [row[keep.bool()].tolist() for row, keep in zip(input_ids, kept, strict=True)]
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in shared]
-        if any(prompt_forms.ids_of(self.tokenizer, text) != row for text, row in zip(texts, shared, strict=True)):
-            raise BadSetting(
-                "these tokens are not what the tokenizer makes of their text, so members cannot be given their own "
-                "rendering of it.",
-                "Members of this fused model read prompts of their own.",
-                "call generate(**fused.encode(prompts)) with the prompts as they were written.",
-            )
-        encoded = self._encode(texts, shared) | {"prompt_length": input_ids.shape[1]}
-        return {name: encoded[name] for name in OWN_INPUTS}
+    def _placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: part.to(self.device) if isinstance(part, Tensor) else part for name, part in inputs.items()}
 
     def _own_prompts(
         self, ids: Tensor | None, mask: Tensor | None, prompt_length: int | None, cache: FusedCache | None
@@ -327,7 +293,7 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             return own
         if not self.has_own_prompts:
             return None
-        named = ", ".join(f"'{name}'" for name, form in self.forms.items() if not form.is_plain)
+        named = ", ".join(f"'{name}'" for name in self.encoder.readers)
         raise BadSetting(
             f"{named} read prompts of their own, but only the shared tokens came in.",
             "Nobody can tell where the prompt ends.",
@@ -335,76 +301,6 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         )
 
     # ---- generating and scoring
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, trace: bool = False, **kwargs: Any) -> Any:
-        """Generates as every transformers model does.
-
-        trace     return what happened at each step instead: a Trace for one row, a list of them for several
-        raises    EmptyPrompt, ContextTooLong, BrokenLaw (naming member and step)
-        warns     TrimtabWarning when a text was cut because a member's context was full
-        """
-        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if inputs is None or inputs.numel() == 0:
-            raise prompt_forms.empty_prompt("there are no tokens to continue.")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not bool(mask.any(dim=-1).all()):
-            raise prompt_forms.empty_prompt("a row of the batch is all padding.")
-        is_fresh = kwargs.get("past_key_values") is None
-        if is_fresh and self.has_own_prompts and kwargs.get("member_prompt_ids") is None:
-            kwargs |= self._encode_tokens(inputs, mask)
-        limit = self._limit_length(inputs, kwargs, args) if is_fresh else None
-        try:
-            output = super().generate(inputs, *args, **kwargs)
-        except BrokenLaw as error:
-            raise error.in_generation(inputs.shape[1]) from error
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        if limit is not None:
-            self._warn_if_cut(sequences[:, inputs.shape[1] :], *limit)
-        return self._traces(inputs, sequences, kwargs) if trace else output
-
-    def _limit_length(self, inputs: Tensor, kwargs: dict[str, Any], args: Sequence[Any]) -> tuple[int, str] | None:
-        """Shortens a generation that a member's context cannot hold; returns the room and that member, if it did.
-
-        raises    ContextTooLong when the prompt alone is too long
-        """
-        own_mask, mask = kwargs.get("member_prompt_mask"), kwargs.get("attention_mask")
-        shared = inputs.shape[1] if mask is None else int(mask.sum(dim=-1).max())
-        names = self.member_names
-
-        def prompt_tokens(run: int) -> int:
-            if own_mask is None:
-                return shared
-            return int(own_mask[:, names.index(self.reader.runs[run].name)].sum(dim=-1).max())
-
-        room, name = self.reader.room(prompt_tokens)
-        if room is None:
-            return None
-        if room < 1:
-            run = next(index for index, run in enumerate(self.reader.runs) if run.name == name)
-            raise too_long(name, prompt_tokens(run), prompt_tokens(run) + room - 1)
-        given = args[0] if args else kwargs.get("generation_config")
-        asked = _asked_tokens([kwargs, vars(given) if given is not None else {}], inputs.shape[1])
-        if asked is None or asked <= room:
-            return None
-        kwargs.pop("max_length", None)
-        kwargs["max_new_tokens"] = room
-        return room, name
-
-    def _warn_if_cut(self, generated: Tensor, room: int, name: str) -> None:
-        ends = torch.tensor([*self._end_ids(), -1], device=generated.device)
-        is_cut = ~torch.isin(generated, ends).any(dim=-1)
-        if generated.shape[1] >= room and bool(is_cut.any()):
-            warnings.warn(
-                f"{int(is_cut.sum())} of {len(is_cut)} texts were cut after {room} new tokens: the context of member "
-                f"'{name}' is full. Fix: shorten the prompt, or leave '{name}' out.",
-                TrimtabWarning,
-                stacklevel=3,
-            )
-
-    def _end_ids(self) -> list[int]:
-        ends = self.generation_config.eos_token_id
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
     def generate_text(self, prompts: Any, **kwargs: Any) -> list[str]:
         """The continuations of one or several prompts, as text; kwargs are those of `generate`."""
@@ -447,7 +343,9 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         traces = self.generate(**inputs, **kwargs, trace=True)
         return traces if isinstance(traces, Trace) else traces[0]
 
-    def _traces(self, inputs: Tensor, sequences: Tensor, kwargs: Mapping[str, Any]) -> Trace | list[Trace]:
+    def _traces(
+        self, inputs: Tensor, sequences: Tensor, kwargs: Mapping[str, Any], ends: Sequence[int]
+    ) -> Trace | list[Trace]:
         """What happened at every generated position, read again in one pass: fusion depends on the tokens alone."""
         copies = sequences.shape[0] // inputs.shape[0]
         names = ("attention_mask", *OWN_INPUTS[:2])
@@ -456,93 +354,33 @@ class FusedCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         for index, sequence in enumerate(sequences):
             row = slice(index // copies, index // copies + 1)
             parts = {name: tensor[row] for name, tensor in tensors.items()}
-            found.append(self._trace(sequence, inputs.shape[1], kwargs.get("prompt_length"), **parts))
+            new_ids = _until_end(sequence[inputs.shape[1] :].tolist(), ends, self.config.pad_token_id)
+            found.append(self._trace(sequence[: inputs.shape[1]], new_ids, kwargs.get("prompt_length"), **parts))
         return found[0] if len(found) == 1 else found
 
     def _trace(
         self,
-        sequence: Tensor,
-        start: int,
+        prompt_ids: Int[Tensor, " time"],
+        new_ids: list[int],
         prompt_length: int | None,
         attention_mask: Tensor | None = None,
         member_prompt_ids: Tensor | None = None,
         member_prompt_mask: Tensor | None = None,
     ) -> Trace:
-        mask = torch.ones_like(sequence[:start]) if attention_mask is None else attention_mask[0]
-        new_ids = _until_end(sequence[start:].tolist(), self._end_ids())
+        mask = torch.ones_like(prompt_ids) if attention_mask is None else attention_mask[0]
         own = self._own_prompts(member_prompt_ids, member_prompt_mask, prompt_length, None)
         # The last token needs no reading: the law that it was drawn from stands at the position before it.
-        read = sequence[: start + len(new_ids) - 1].unsqueeze(0)
-        full = torch.cat([mask, mask.new_ones(max(read.shape[1] - start, 0))]).unsqueeze(0)
+        read = torch.cat([prompt_ids, prompt_ids.new_tensor(new_ids[:-1])]).unsqueeze(0)
+        full = torch.cat([mask, mask.new_ones(read.shape[1] - len(prompt_ids))]).unsqueeze(0)
         logits = self.reader.logits(read, full, own=own, logits_to_keep=len(new_ids))
         steps: list[TraceStep] = []
         for rows, laws in self.reader.laws(logits, read.shape[1]):
             fusion = self._strategy(laws.strong, laws.base, laws.experts)
             here = [new_ids[row] for row in rows.tolist()]
             steps += trace_steps(self.tokenizer, here, laws, fusion, self.expert_names)
-        prompt_ids = sequence[:start][mask.bool()].tolist()
-        texts = [str(ids) if self.tokenizer is None else self.tokenizer.decode(ids) for ids in (prompt_ids, new_ids)]
+        plain_ids = prompt_ids[mask.bool()].tolist()
+        texts = [str(ids) if self.tokenizer is None else self.tokenizer.decode(ids) for ids in (plain_ids, new_ids)]
         return Trace(texts[0], texts[1], self._strategy.to_dict(), list(self.expert_names), steps)
-
-    # ---- what `generate` asks for
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
-    ) -> None:
-        """Puts a FusedCache where generate looks for it; the members' own prompts travel in it from then on."""
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            given._is_user_defined = True
-            return
-        if generation_config.use_cache is False:
-            return
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "static"):
-            raise BadSetting(
-                f"cache_implementation='{kind}' is not for fused models.",
-                "Known: dynamic (the default) and static.",
-                "leave it out.",
-            )
-        ids, mask, prompt_length = (model_kwargs.pop(name, None) for name in OWN_INPUTS)
-        own = self._own_prompts(ids, mask, prompt_length, None)
-        if own is not None and generation_config.prefill_chunk_size is not None:
-            raise BadSetting(
-                "prefill_chunk_size is set, but members read prompts of their own.",
-                "Chunks of the shared prompt mean nothing to them.",
-                "leave it out.",
-            )
-        cache = self.reader.new_cache(own, max_cache_length if kind == "static" else None)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
-
-    def _validate_generation_mode(self, mode: Any, generation_config: Any, mode_kwargs: dict[str, Any]) -> None:
-        """A member may assist although its output layer has padding rows: its tokens are the same."""
-        if any(mode_kwargs.get("assistant_model") is body for body in self.bodies):
-            mode_kwargs = {name: value for name, value in mode_kwargs.items() if name != "assistant_model"}
-        super()._validate_generation_mode(mode, generation_config, mode_kwargs)
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """Drafts for assisted generation, within the length that was asked for and the fused vocabulary.
-
-        transformers lets a draft that was looked up in the prompt reach beyond the length and drops the rest later; a
-        member may be unable to read it. A drafted padding row ends the draft before it; the law of what remains is the
-        assistant's on the fused vocabulary, so sampling stays exact.
-        """
-        drafts = super()._get_candidate_generator(*args, **kwargs)
-        draft, vocab = drafts.get_candidates, self.config.vocab_size
-        most = kwargs["generation_config"].max_length - 1
-
-        def readable_draft(input_ids: Tensor, **more: Any) -> Any:
-            candidates, logits = draft(input_ids, **more)
-            start = input_ids.shape[1]
-            beyond = (candidates[0, start:] >= vocab).nonzero().flatten().tolist()
-            end = max(start, min([most, candidates.shape[1], *(start + at for at in beyond[:1])]))
-            is_bare = logits is None or end == start  # transformers wants no law where there is no draft
-            return candidates[:, :end], None if is_bare else logits[:, : end - start, :vocab]
-
-        drafts.get_candidates = readable_draft
-        return drafts
 
 
 def _is_real(mask: Tensor | None, new_tokens: int, logits_to_keep: int | Tensor) -> Tensor | None:
@@ -563,22 +401,13 @@ def _mean_loss(fused: Float[Tensor, "batch kept vocab"], labels: Int[Tensor, "ba
     return nn.functional.nll_loss(fused[:, :-1].flatten(0, 1), targets[:, 1:].flatten().to(fused.device))
 
 
-def _asked_tokens(sources: Sequence[Mapping[str, Any]], prompt_tokens: int) -> int | None:
-    """How many new tokens the caller asked for; None when generate's own default decides."""
-    for source in sources:
-        if source.get("max_new_tokens") is not None:
-            return int(source["max_new_tokens"])
-    for source in sources:
-        if source.get("max_length") is not None:
-            return int(source["max_length"]) - prompt_tokens
-    return None
-
-
-def _until_end(token_ids: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens up to the first end, which is kept; what follows is padding."""
+def _until_end(token_ids: list[int], ends: Sequence[int], pad_id: int | None) -> list[int]:
+    """The tokens up to the first end, which is kept, or to the padding behind a text that stopped otherwise."""
     for count, token_id in enumerate(token_ids, start=1):
         if token_id in ends:
             return token_ids[:count]
+    while len(token_ids) > 1 and token_ids[-1] == pad_id:
+        token_ids = token_ids[:-1]
     return token_ids
 
 

@@ -1,0 +1,168 @@
+"""How a fused model generates: transformers' own `generate`, with the members' caches, prompts and limits put in."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from trimtab.core.errors import BadSetting, TrimtabWarning
+from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
+from trimtab.logits.prompts import empty_prompt
+from trimtab.logits.reading import BrokenLaw, Reader, too_long
+
+DEFAULT_NEW_TOKENS = 20  # transformers' own, where the caller names no length
+
+
+# transformers looks for "GenerationMixin" in the names of a model's base classes.
+class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
+    """What FusedCausalLM adds to generation; its methods that begin with _ are those that `generate` calls."""
+
+    reader: Reader
+    encoder: PromptEncoder
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, trace: bool = False, **kwargs: Any) -> Any:
+        """Generates as every transformers model does.
+
+        trace     return what happened at each step instead: a Trace for one row, a list of them for several
+        raises    EmptyPrompt, ContextTooLong, BrokenLaw (naming member and step)
+        warns     TrimtabWarning when a text was cut because a member's context was full
+        """
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if inputs is None or inputs.numel() == 0:
+            raise empty_prompt("there are no tokens to continue.")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not bool(mask.any(dim=-1).all()):
+            raise empty_prompt("a row of the batch is all padding.")
+        is_fresh = kwargs.get("past_key_values") is None
+        if is_fresh and self.has_own_prompts and kwargs.get("member_prompt_ids") is None:
+            kwargs |= self._placed(self.encoder.own_inputs(inputs, mask))
+        config = args[0] if args else kwargs.get("generation_config")
+        asked = kwargs if config is None else vars(config) | {k: v for k, v in kwargs.items() if v is not None}
+        ends = _listed(asked.get("eos_token_id") or self.generation_config.eos_token_id)
+        limit = self._limit_length(inputs, kwargs, asked) if is_fresh else None
+        try:
+            output = super().generate(inputs, *args, **kwargs)
+        except BrokenLaw as error:
+            raise error.in_generation(inputs.shape[1]) from error
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        if limit is not None:
+            self._warn_if_cut(sequences[:, inputs.shape[1] :], ends, *limit)
+        return self._traces(inputs, sequences, kwargs, ends) if trace else output
+
+    def _limit_length(self, inputs: Tensor, kwargs: dict[str, Any], asked: Mapping[str, Any]) -> tuple[int, str] | None:
+        """Shortens a generation that a member's context cannot hold; returns the room and that member, if it did.
+
+        raises    ContextTooLong when the prompt alone is too long
+        """
+        own_mask, mask = kwargs.get("member_prompt_mask"), kwargs.get("attention_mask")
+        shared = inputs.shape[1] if mask is None else int(mask.sum(dim=-1).max())
+        names = self.member_names
+
+        def prompt_tokens(run: int) -> int:
+            if own_mask is None:
+                return shared
+            return int(own_mask[:, names.index(self.reader.runs[run].name)].sum(dim=-1).max())
+
+        room, name = self.reader.room(prompt_tokens)
+        if room is None:
+            return None
+        if room < 1:
+            run = next(index for index, run in enumerate(self.reader.runs) if run.name == name)
+            raise too_long(name, prompt_tokens(run), prompt_tokens(run) + room - 1)
+        if _asked_tokens(asked, inputs.shape[1]) <= room:
+            return None
+        kwargs.pop("max_length", None)
+        kwargs["max_new_tokens"] = room
+        return room, name
+
+    def _warn_if_cut(self, generated: Tensor, ends: Sequence[int], room: int, name: str) -> None:
+        finished = torch.tensor([*ends, self.config.pad_token_id or 0], device=generated.device)
+        is_cut = ~torch.isin(generated[:, -1], finished)
+        if generated.shape[1] >= room and bool(is_cut.any()):
+            warnings.warn(
+                f"{int(is_cut.sum())} of {len(is_cut)} texts were cut after {room} new tokens: the context of member "
+                f"'{name}' is full. Fix: shorten the prompt, or leave '{name}' out.",
+                TrimtabWarning,
+                stacklevel=3,
+            )
+
+    # ---- what `generate` asks for
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        """Puts a FusedCache where generate looks for it; the members' own prompts travel in it from then on."""
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            given._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise BadSetting(
+                f"cache_implementation='{kind}' is not for fused models.",
+                "Known: dynamic (the default) and static.",
+                "leave it out.",
+            )
+        ids, mask, prompt_length = (model_kwargs.pop(name, None) for name in OWN_INPUTS)
+        own = self._own_prompts(ids, mask, prompt_length, None)
+        if own is not None and generation_config.prefill_chunk_size is not None:
+            raise BadSetting(
+                "prefill_chunk_size is set, but members read prompts of their own.",
+                "Chunks of the shared prompt mean nothing to them.",
+                "leave it out.",
+            )
+        cache = self.reader.new_cache(own, max_cache_length if kind == "static" else None)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def _validate_generation_mode(self, mode: Any, generation_config: Any, mode_kwargs: dict[str, Any]) -> None:
+        """A member may assist although its output layer has padding rows: its tokens are the same."""
+        if any(mode_kwargs.get("assistant_model") is body for body in self.bodies):
+            mode_kwargs = {name: value for name, value in mode_kwargs.items() if name != "assistant_model"}
+        super()._validate_generation_mode(mode, generation_config, mode_kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Drafts for assisted generation, within the length that was asked for and the fused vocabulary.
+
+        transformers lets a draft that was looked up in the prompt reach beyond the length and drops the rest later; a
+        member may be unable to read it. A drafted padding row ends the draft before it; the law of what remains is the
+        assistant's on the fused vocabulary, so sampling stays exact.
+        """
+        drafts = super()._get_candidate_generator(*args, **kwargs)
+        draft, vocab = drafts.get_candidates, self.config.vocab_size
+        most = kwargs["generation_config"].max_length - 1
+
+        def readable_draft(input_ids: Tensor, **more: Any) -> Any:
+            candidates, logits = draft(input_ids, **more)
+            start = input_ids.shape[1]
+            beyond = (candidates[0, start:] >= vocab).nonzero().flatten().tolist()
+            end = max(start, min([most, candidates.shape[1], *(start + at for at in beyond[:1])]))
+            is_bare = logits is None or end == start  # transformers wants no law where there is no draft
+            return candidates[:, :end], None if is_bare else logits[:, : end - start, :vocab]
+
+        drafts.get_candidates = readable_draft
+        return drafts
+
+
+def _asked_tokens(asked: Mapping[str, Any], prompt_tokens: int) -> int:
+    """How many new tokens the caller asked for."""
+    if asked.get("max_new_tokens") is not None:
+        return int(asked["max_new_tokens"])
+    if asked.get("max_length") is not None:
+        return int(asked["max_length"]) - prompt_tokens
+    return DEFAULT_NEW_TOKENS
+
+
+def _listed(ids: Any) -> list[int]:
+    """Token ids as a list, from the several forms in which transformers takes them."""
+    if ids is None:
+        return []
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    return [ids] if isinstance(ids, int) else list(ids)
