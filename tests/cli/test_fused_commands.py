@@ -113,6 +113,13 @@ def test_a_directory_and_the_same_members_inline_write_the_same(run, fused_dir, 
     assert run("generate", fused_dir, *words).json()["result"] == run("generate", *inline, *words).json()["result"]
 
 
+def test_prompts_may_stand_before_and_after_options(run, fused_dir) -> None:
+    words = ["--max-new-tokens", "3", "--json"]
+    usual = run("generate", fused_dir, "the", "city", *words).json()["result"]
+    assert run("generate", fused_dir, "the", *words, "city").json()["result"] == usual
+    assert run("generate", fused_dir, *words, "the", "city").json()["result"] == usual
+
+
 def test_another_strategy_overrides_the_directorys(run, fused_dir) -> None:
     words = ["generate", fused_dir, PROMPT, "--max-new-tokens", "2", "--json"]
     strategies = {

@@ -118,6 +118,7 @@ def test_eval_prints_scores_with_intervals(run) -> None:
     assert ran.code == 0
     assert set(ran.json()["result"]) == {"facts", "zoo_truth"}
     assert ran.json()["versions"]["lm_eval"]
+    assert ran.err == ""
 
 
 def test_eval_names_the_nearest_task(run) -> None:

@@ -5,8 +5,8 @@ harness itself may need the network for their data.
 """
 
 import argparse
+import contextlib
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> None:
         return
     prepare_harness(args.debug)
     fused = options.open_fused(args)
-    with tempfile.TemporaryDirectory(prefix="trimtab-eval-") as folder_name:
+    is_talking = args.debug or sys.stderr.isatty()
+    aside = contextlib.nullcontext() if is_talking else output.stderr_aside()
+    with tempfile.TemporaryDirectory(prefix="trimtab-eval-") as folder_name, aside:
         found = evaluate(fused, names, Path(folder_name), args.limit, args.seed, args.batch_size)
     settings = {"tasks": names, "limit": args.limit, "strategy": fused.strategy.to_dict()}
     document = output.document(found, settings, args.seed, "lm_eval")
@@ -58,10 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def prepare_harness(is_debugging: bool) -> None:
-    """Bars of the harness only on a terminal, its log only under --debug. Must run before it is imported."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    """The harness's log only under --debug."""
     if not is_debugging:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:

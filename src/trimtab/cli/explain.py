@@ -50,4 +50,5 @@ def run(args: argparse.Namespace) -> None:
     alpha_plot(trace, plot)
     result = {"page": str(page), "plot": str(plot), "trace": trace}
     settings = {"strategy": fused.strategy.to_dict(), "chat": args.chat, "max_new_tokens": args.max_new_tokens}
-    output.emit(args.json, output.document(result, settings), lambda: print(f"{trace['text']}\n{page}\n{plot}"))
+    answer = trace["text"].removesuffix(fused.tokenizer.eos_token or "")
+    output.emit(args.json, output.document(result, settings), lambda: print(f"{answer}\n{page}\n{plot}"))

@@ -27,7 +27,9 @@ class Parser(argparse.ArgumentParser):
         for word in itertools.takewhile(lambda word: word != "--", argv):
             if word.startswith("--") and word.split("=")[0] not in known:
                 raise self._unknown("option", word.split("=")[0], known)  # before argparse misses required ones
-        args, unknown = self.parse_known_args(argv)
+        # Prompts may stand before and after options; argparse can only do that where there are no subcommands.
+        has_children = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+        args, unknown = (self.parse_known_args if has_children else self.parse_known_intermixed_args)(argv)
         if unknown:
             raise self._unknown("option" if unknown[0].startswith("-") else "argument", unknown[0], known)
         return args
