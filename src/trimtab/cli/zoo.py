@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli import output
+from trimtab.cli import options, output
 
 EXAMPLE = "trimtab zoo info"
 VALIDATION_ITEMS = 240
@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="info|check|build")
     info = actions.add_parser("info", help="what is there, with sizes and checksums")
     regime = actions.add_parser("check", help="whether there is anything to transfer, on validation items")
-    regime.add_argument("--items", type=int, default=VALIDATION_ITEMS, metavar="N", help="validation items per task")
+    regime.add_argument(
+        "--items", type=options.positive, default=VALIDATION_ITEMS, metavar="N", help="validation items per task"
+    )
     regime.add_argument("-o", "--output", type=Path, metavar="MD", help="also write the table as Markdown")
     regime.add_argument("--force", action="store_true", help="overwrite what is there")
     build = actions.add_parser(
