@@ -67,7 +67,7 @@ def as_markdown(found: Mapping[str, Sequence[TaskRegime]], items: int) -> str:
     lines = [
         "# Is there something to transfer?",
         "",
-        f"Written by `trimtab zoo check -o docs/zoo.md`: {items} *validation* items a task, greedy, points of 100,",
+        f"Written by `trimtab zoo check -o docs/zoo.md`: {items} *validation* items a task at most, greedy, points of 100,",
         "every model alone, no fusion. *latent* is a base after solved examples in its prompt: what it knows but does",
         "not show. *room* is ceiling minus expert; `domains` has no expert, the model tuned on all tasks stands there.",
     ]
@@ -79,7 +79,7 @@ def as_markdown(found: Mapping[str, Sequence[TaskRegime]], items: int) -> str:
             "",
             f"## {pair} pair",
             "",
-            f"Something to transfer ({bar}): **{verdict}**.",
+            f"Room above the expert ({bar}): **{verdict}**.",
             "",
             "| " + " | ".join((*names, "latent - expert")) + " |",
             "|" + "---|" * (len(names) + 1),

@@ -136,6 +136,8 @@ def headline_table(found: Mapping[str, Any]) -> str:
         ("strong model, untuned", "strong", "strong"),
         ("small expert alone; small model tuned on all tasks", "expert", "mixed"),
         ("static alpha 1 (proxy-tuning)", "static_1.0", "static_sum"),
+        ("static alpha 1/2; with all experts 1/4 each", "static_0.5", "static_mean"),
+        ("smaller root", "cautious", None),
         ("mean of strong model and expert", "mixture", "mixture"),
         ("**DLF**, the paper's rule", "dynamic", "dynamic"),
         ("DLF, most confident expert", None, "dynamic_confident"),
