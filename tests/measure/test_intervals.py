@@ -82,14 +82,14 @@ def test_a_ratio_to_nothing_has_no_value() -> None:
 
 def test_paired_test_of_equals_says_so() -> None:
     scores = {"t": coin(0.5, 80, seed=4)}
-    found = paired_test(scores, scores, ["t"], generator())
+    found = paired_test(scores, scores, {"t": 1.0}, generator())
     assert (found.difference, found.p_value, found.num_wins, found.num_losses) == (0.0, 1.0, 0, 0)
 
 
 def test_paired_test_agrees_with_all_flips_counted_by_hand() -> None:
     # 5 wins and no loss: of the 32 ways to flip, the observed one and its mirror are as extreme.
     first, second = {"t": torch.tensor([100.0] * 5 + [0.0] * 5)}, {"t": torch.zeros(10)}
-    found = paired_test(first, second, ["t"], generator(), num_flips=40_000)
+    found = paired_test(first, second, {"t": 1.0}, generator(), num_flips=40_000)
     assert found.difference == pytest.approx(50.0)
     assert found.p_value == pytest.approx(2 / 32, abs=0.006)
     assert (found.num_wins, found.num_losses) == (5, 0)
@@ -97,15 +97,24 @@ def test_paired_test_agrees_with_all_flips_counted_by_hand() -> None:
 
 def test_paired_test_under_the_null_is_rarely_small() -> None:
     small = sum(
-        paired_test({"t": coin(0.5, 60, seed)}, {"t": coin(0.5, 60, seed + 999)}, ["t"], generator(seed), 500).p_value
+        paired_test(
+            {"t": coin(0.5, 60, seed)}, {"t": coin(0.5, 60, seed + 999)}, {"t": 1.0}, generator(seed), 500
+        ).p_value
         < 0.05
         for seed in range(200)
     )
     assert small / 200 <= 0.1
 
 
+def test_paired_test_weighs_tasks_as_the_average_does() -> None:
+    first = {"a": torch.full((4,), 100.0), "b": torch.full((50,), 10.0)}
+    second = {"a": torch.zeros(4), "b": torch.zeros(50)}
+    assert paired_test(first, second, {"a": 0.5, "b": 0.5}, generator(), 10).difference == pytest.approx(55.0)
+    assert paired_test(first, second, {"a": 0.2, "b": 0.8}, generator(), 10).difference == pytest.approx(28.0)
+
+
 def test_paired_test_is_antisymmetric_in_its_difference() -> None:
     first, second = {"t": coin(0.7, 50, 1)}, {"t": coin(0.4, 50, 2)}
-    one, two = paired_test(first, second, ["t"], generator()), paired_test(second, first, ["t"], generator())
+    one, two = paired_test(first, second, {"t": 1.0}, generator()), paired_test(second, first, {"t": 1.0}, generator())
     assert one.difference == pytest.approx(-two.difference)
     assert one.p_value == two.p_value

@@ -180,6 +180,13 @@ def test_every_mean_lies_in_its_interval(document) -> None:
             assert low - 1e-9 <= value <= high + 1e-9
 
 
+def test_paired_differences_are_those_of_the_tables(document) -> None:
+    for row in document["paired"]:
+        average = document["average"][row["table"]]
+        if row["tasks"] == "average":
+            assert row["difference"] == pytest.approx(average["dynamic"] - average[row["second"]], abs=2e-3)
+
+
 def with_scores(scores, changes: dict[str, float]):
     """The same study with whole columns set to one score, to see what the sentences make of it."""
     points = {table: {c: dict(t) for c, t in columns.items()} for table, columns in scores.points.items()}

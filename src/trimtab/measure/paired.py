@@ -4,7 +4,7 @@ Source: Fisher 1935, the randomisation test of paired differences: were the two 
 well have had the other sign.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +27,18 @@ class Paired:
 def paired_test(
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
-    tasks: Sequence[str],
+    shares: Mapping[str, float],
     generator: torch.Generator,
     num_flips: int = 10_000,
 ) -> Paired:
-    """Two-sided sign-flip test of the mean over tasks of the mean difference on the same items.
+    """Two-sided sign-flip test of an average over tasks of the mean difference on the same items.
 
     first, second  task -> [item]   scores of the two, in the same order of items
+    shares         task -> its weight in the average; they sum to 1
     returns        p_value >= 1 / (num_flips + 1); 1 where no item differs
     """
-    differences = [first[task].double() - second[task].double() for task in tasks]
-    weights = torch.cat([d / (d.numel() * len(tasks)) for d in differences])  # sums to the statistic
+    differences = {task: first[task].double() - second[task].double() for task in shares}
+    weights = torch.cat([shares[task] * d / d.numel() for task, d in differences.items()])  # sums to the statistic
     observed = float(weights.sum())
     moved = weights[weights != 0]
     counts = {"num_wins": int((moved > 0).sum()), "num_losses": int((moved < 0).sum())}

@@ -48,7 +48,7 @@ def report_page(document: Mapping[str, Any], scores: Scores, shown: Sequence[Sho
     sections += [
         _section(grid, plots.get(f"unseen-{grid.heads[0]}"), _UNSEEN) for grid in tables.unseen_grids(document)
     ]
-    sections.append(_section(tables.paired_grid(document), None, _PAIRED))
+    sections.append(_paired(document))
     sections += [_paper(document), _traces(shown), _answers(scores)]
     return pages.fill(
         "report.html",
@@ -125,6 +125,14 @@ def html_table(grid: tables.Grid) -> str:
         )
     body = "".join(lines)
     return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _paired(document: Mapping[str, Any]) -> str:
+    """The averages; single tasks are folded away."""
+    grid = tables.paired_grid(document)
+    averages = tables.Grid(grid.title, grid.heads, tuple(row for row in grid.rows if not row.is_reference))
+    more = f"<details><summary>Task by task</summary><br>{html_table(grid)}</details>"
+    return _section(averages, None, _PAIRED) + f"<br>{more}"
 
 
 def _figure(cell: tables.Cell) -> str:

@@ -70,12 +70,14 @@ class _Part:
 
     def __init__(self, name: str, table: Points, groups: list[list[str]], draws: Draws, weak: str) -> None:
         self.name, self.groups, self.draws, self.weak = name, groups, draws, weak
-        self.tasks = [task for group in groups for task in group]
+        self.shares = {task: 1.0 / (len(groups) * len(group)) for group in groups for task in group}
+        self.tasks = list(self.shares)
         self.table = {column: points for column, points in table.items() if all(t in points for t in self.tasks)}
 
     def average(self, column: str) -> Tensor:
         """[1 + draw]"""
-        return torch.stack([self.draws.average(column, group) for group in self.groups]).mean(dim=0)
+        means = self.draws.means[column]
+        return torch.stack([share * means[task] for task, share in self.shares.items()]).sum(dim=0)
 
     def averages(self, value_only: bool = False) -> dict[str, Any]:
         found = {column: measured(self.average(column)) for column in self.table}
@@ -102,12 +104,13 @@ class _Part:
             rivals = ["static_1.0", f"{self.best_static()}", "expert", "grid", "mixture", "product", "filter"]
         rows = []
         for rival in dict.fromkeys(r for r in rivals if r in self.table):
-            for tasks in [self.tasks, *([task] for task in self.tasks if len(self.tasks) > 1)]:
-                found = paired_test(self.table["dynamic"], self.table[rival], tasks, generator)
-                first = torch.stack([self.draws.means["dynamic"][t] - self.draws.means[rival][t] for t in tasks])
-                where = measured(first.mean(dim=0)).interval
+            for shares in [self.shares, *({task: 1.0} for task in self.tasks if len(self.tasks) > 1)]:
+                found = paired_test(self.table["dynamic"], self.table[rival], shares, generator)
+                means, theirs = self.draws.means["dynamic"], self.draws.means[rival]
+                leads = torch.stack([share * (means[t] - theirs[t]) for t, share in shares.items()])
+                where = measured(leads.sum(dim=0)).interval
                 row: dict[str, Any] = {"table": self.name, "first": "dynamic", "second": rival}
-                row["tasks"] = "average" if tasks == self.tasks else tasks[0]
+                row["tasks"] = "average" if shares is self.shares else next(iter(shares))
                 row |= {k: round(v, DIGITS + 2) for k, v in asdict(found).items()}
                 row["interval"] = [round(where.low, DIGITS), round(where.high, DIGITS)] if where else None
                 rows.append(row)
