@@ -68,7 +68,7 @@ def as_markdown(found: Mapping[str, Sequence[TaskRegime]], items: int) -> str:
         "# Is there something to transfer?",
         "",
         f"Written by `trimtab zoo check -o docs/zoo.md`: {items} *validation* items a task at most, greedy,",
-        "points of 100, every model alone. *latent* is a base after solved examples in its prompt: what it knows but does",
+        "points of 100, every model alone. *latent* is a base after solved examples: what it knows but does",
         "not show. *room* is ceiling minus expert; `domains` has no expert, the model tuned on all tasks stands there.",
     ]
     for pair, regimes in found.items():
