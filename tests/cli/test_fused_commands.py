@@ -45,6 +45,15 @@ def test_the_speaker_of_the_chooser_only_has_its_own_flag(run, inline, tmp_path:
     assert FusedCausalLM.from_pretrained(tmp_path / "made").strategy.to_dict()["settings"]["expert"] == "sums"
 
 
+def test_a_directorys_chooser_is_dropped_where_no_expert_is_used(run, inline, tmp_path: Path) -> None:
+    assert run("fuse", *inline, "--chooser", "confident", "-o", tmp_path / "made").code == 0
+    words = ["generate", tmp_path / "made", PROMPT, "--max-new-tokens", "2", "--strategy", "contrastive"]
+    assert run(*words).code == 0
+    ran = run(*words, "--chooser", "sum")
+    assert ran.code == 2
+    assert "chooser 'sum' has nothing to choose" in ran.err
+
+
 def test_nothing_is_overwritten_without_force(run, inline, fused_dir, tmp_path: Path) -> None:
     ran = run("fuse", *inline, "-o", fused_dir)
     assert ran.code == 2

@@ -52,6 +52,26 @@ def test_the_grid_has_the_papers_points():
     assert make_strategy("grid", alpha_max=0.0).amount.candidates() == [0.0]
 
 
+@pytest.mark.parametrize(
+    ("alpha_max", "alpha_step", "count"), [(1.0, 0.3, 5), (2.0, 0.7, 4), (0.3, 0.1, 4), (1.0, 1.0, 2)]
+)
+def test_the_end_of_the_grid_is_tried(alpha_max, alpha_step, count):
+    points = make_strategy("grid", alpha_max=alpha_max, alpha_step=alpha_step).amount.candidates()
+    assert points[-1] == pytest.approx(alpha_max)
+    assert points[:-1] == pytest.approx([i * alpha_step for i in range(count - 1)])
+
+
+def test_an_alpha_at_the_end_of_the_grid_is_found():
+    """A delta that must be taken beyond the range ends at its end, however the steps fall."""
+    strong, base, experts = draw_members(6, 20, 1, seed=3)
+    small = (strong + 0.05 * (strong - strong.mean(-1, keepdim=True))).log_softmax(-1)  # hardly moves the strong model
+    fusion = fuse("grid", (small, base, experts), alpha_max=0.1, alpha_step=0.03)
+    exact = fuse("dynamic", (small, base, experts), alpha_max=0.1)
+    at_end = exact.alpha == 0.1
+    assert at_end.any()
+    torch.testing.assert_close(fusion.alpha[at_end], exact.alpha[at_end])
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dynamic_is_the_minimum_of_the_papers_objective(seed):
     strong, base, experts = draw_members(40, 25, 1, seed)

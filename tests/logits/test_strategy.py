@@ -14,7 +14,9 @@ from trimtab.registry import AMOUNTS, CHOOSERS
 NAMES = ("math", "facts", "jokes")
 SEARCHED = ("dynamic", "grid", "cautious")
 ALONG_DELTA = (*SEARCHED, "static")
+WITHOUT_EXPERTS = ("contrastive",)
 PAIRS = [(a, c) for a in AMOUNTS for c in CHOOSERS if not (c == "sum" and a in SEARCHED)]
+PAIRS = [(a, c) for a, c in PAIRS if c == "paper" or a not in WITHOUT_EXPERTS]
 
 
 def build(amount: str, chooser: str = "paper", names: tuple[str, ...] = NAMES, **settings) -> Strategy:
@@ -174,6 +176,7 @@ def test_every_setting_is_described_and_its_default_is_allowed(name):
     for setting in describe_settings(name):
         assert setting.doc
         assert not setting.doc.endswith(".")
+        assert setting.unit in ("share", "factor", "name"), setting.name
         if isinstance(setting.default, float):
             assert setting.low is not None
             assert setting.low <= setting.default <= setting.high
@@ -231,6 +234,18 @@ def test_the_default_is_the_published_method():
         (lambda: make_strategy("dynamic", alpha_max=True), BadSetting, "alpha_max is True"),
         (lambda: make_strategy("filter", beta=2.0), BadSetting, "0 to 1"),
         (lambda: make_strategy("dynamic", chooser="sum"), BadSetting, "cannot let all experts speak at once"),
+        (
+            lambda: make_strategy("contrastive", chooser="sum"),
+            BadSetting,
+            "uses no expert, so chooser 'sum' has nothing",
+        ),
+        (
+            lambda: make_strategy("contrastive", "only", NAMES, expert="math"),
+            BadSetting,
+            "(?s)chooser 'only'.*leave the",
+        ),
+        (lambda: make_strategy("grid", alpha_max=0.3, alpha_step=0.7), BadSetting, "(?s)alpha_step is 0.7.*step=0.03"),
+        (lambda: make_strategy("grid", alpha_step=2.5), BadSetting, "alpha_step is 2.5, but alpha_max is 2"),
         (lambda: make_strategy("static", "only", NAMES), BadSetting, "does not say which of 3 experts"),
         (lambda: make_strategy("static", "only", NAMES, expert="fact"), UnknownName, "did you mean 'facts'"),
         (lambda: make_strategy("static", "only", NAMES, expert=3), BadSetting, "expert is 3"),
@@ -255,6 +270,8 @@ def test_the_proposed_repairs_work():
         build("dynamic", "paper"),
         build("dynamic", "confident"),
         build("static", "sum"),
+        build("contrastive", plausibility=0.0),
+        build("grid", alpha_max=0.3, alpha_step=0.03),
         build("static", "only", expert="math"),
         build("static", alpha={"math": 1.0, "facts": 1.0, "jokes": 1.0}),
     ):

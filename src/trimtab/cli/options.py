@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import InputError, unknown_name
-from trimtab.registry import AMOUNTS, CHOOSERS
+from trimtab.registry import AMOUNTS, CHOOSERS, find
 
 DEFAULT_AMOUNT = "dynamic"
 FLAGS = {"expert": "--speaker"}  # settings whose own name means something else on the command line
@@ -199,7 +199,9 @@ def strategy_of(
     from trimtab.logits.strategy import describe_settings, make_strategy
 
     present = present or {"amount": DEFAULT_AMOUNT, "chooser": "paper", "settings": {}}
-    amount, chooser = args.strategy or present["amount"], args.chooser or present["chooser"]
+    amount = args.strategy or present["amount"]
+    # A directory's chooser has nothing to choose where the flags ask for an amount that uses no expert.
+    chooser = args.chooser or (present["chooser"] if find(AMOUNTS, amount).uses_experts else "paper")
     for name, table in ((amount, AMOUNTS), (chooser, CHOOSERS)):
         if name not in table:
             raise unknown_name(table.kind, name, table)

@@ -50,7 +50,7 @@ def _overview() -> str:
     for name in AMOUNTS:
         kind = find(AMOUNTS, name)
         cells = ["yes" if c != "sum" or isinstance(kind(), JointAmount) else "no" for c in CHOOSERS]
-        cells = cells if kind.uses_experts else ["any: no expert is used"] + [""] * (len(CHOOSERS) - 1)
+        cells = cells if kind.uses_experts else ["none: no expert is used"] + ["no"] * (len(CHOOSERS) - 1)
         lines.append(f"| `{name}` | {'yes' if hasattr(kind, 'alphas') else 'no'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -69,11 +69,10 @@ def _table(table: Table, title: str) -> Iterator[str]:
 def _settings(settings: tuple[Setting, ...]) -> str:
     if not settings:
         return "No settings."
-    lines = ["| setting | type | default | range | meaning |", "|---|---|---|---|---|"]
+    lines = ["| setting | type | default | range | unit | meaning |", "|---|---|---|---|---|---|"]
     for item in settings:
         default = "" if item.default is None else item.default
-        unit = f", {item.unit}" if item.unit else ""
-        lines.append(f"| `{item.name}` | {item.type} | {default} | {item.range}{unit} | {item.doc} |")
+        lines.append(f"| `{item.name}` | {item.type} | {default} | {item.range} | {item.unit} | {item.doc} |")
     return "\n".join(lines)
 
 

@@ -10,8 +10,11 @@ from trimtab.core.errors import BadSetting, unknown_name
 Value = float | int | str | dict[str, float] | None
 
 
-def setting(default: Any, doc: str, unit: str = "", low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field that says what it means, in which unit, and between which bounds (both included)."""
+def setting(default: Any, doc: str, unit: str, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field that says what it means, in which unit, and between which bounds (both included).
+
+    unit    "share" of a whole, "factor" of what it multiplies, "name"; never empty
+    """
     return field(default=default, metadata={"doc": doc, "unit": unit, "low": low, "high": high})
 
 

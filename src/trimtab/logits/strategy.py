@@ -105,11 +105,15 @@ class Strategy:
         }
 
 
-def make_strategy(amount: str, chooser: str = "paper", expert_names: Sequence[str] = (), **settings: Any) -> Strategy:
+NO_CHOICE = "paper"  # the default chooser: that of a strategy for which nobody chose one
+
+
+def make_strategy(amount: str, chooser: str = NO_CHOICE, expert_names: Sequence[str] = (), **settings: Any) -> Strategy:
     """The strategy of these names and settings; settings left out keep their defaults.
 
     amount        a name of `trimtab.registry.AMOUNTS`
-    chooser       a name of `trimtab.registry.CHOOSERS`; with one expert every chooser picks it
+    chooser       a name of `trimtab.registry.CHOOSERS`; with one expert every chooser picks it; an amount
+                  that uses no expert takes the default only
     expert_names  the experts in their order; needed where a setting names one
     settings      of either ingredient, see `describe_settings`
     raises        UnknownName with the nearest spelling; BadSetting for a value out of range or a pair that cannot be
@@ -126,6 +130,12 @@ def make_strategy(amount: str, chooser: str = "paper", expert_names: Sequence[st
             "Its alpha is searched for one expert at a time, as in the paper.",
             "choose chooser='paper' or chooser='confident', or amount='static' with chooser='sum'.",
         )
+    if chooser != NO_CHOICE and not made[0].uses_experts:
+        raise BadSetting(
+            f"amount '{amount}' uses no expert, so chooser '{chooser}' has nothing to choose.",
+            "With such an amount no expert speaks.",
+            "leave the chooser out, or take an amount that uses experts, for example 'dynamic'.",
+        )
     strategy = Strategy(made[0], made[1])
     return strategy.for_experts(expert_names) if expert_names else strategy
 
@@ -140,7 +150,7 @@ def strategy_from_dict(description: Mapping[str, Any], expert_names: Sequence[st
         raise BadSetting(
             "the strategy has no 'amount'.", f"Known: {', '.join(AMOUNTS)}.", 'for example {"amount": "dynamic"}.'
         )
-    chooser, settings = description.get("chooser", "paper"), description.get("settings") or {}
+    chooser, settings = description.get("chooser", NO_CHOICE), description.get("settings") or {}
     return make_strategy(description["amount"], chooser=chooser, expert_names=expert_names, **settings)
 
 

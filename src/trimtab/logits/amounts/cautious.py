@@ -26,7 +26,7 @@ class Cautious:
 
     uses_experts: ClassVar[bool] = True
 
-    alpha_max: float = setting(2.0, "the largest alpha that may be chosen", low=0.0, high=10.0)
+    alpha_max: float = setting(2.0, "the largest alpha that may be chosen", "factor", low=0.0, high=10.0)
 
     def alphas(self, step: Step, pull: Pull) -> Float[Tensor, "expert batch"]:
         """The smaller root for each expert alone, against the mean of its targets. [expert, batch]"""

@@ -30,10 +30,18 @@ class Contrastive:
     uses_experts: ClassVar[bool] = False
 
     contrast: float = setting(
-        0.5, "beta in the paper: how much of strong minus base is added; 0 leaves only the mask", low=0.0, high=10.0
+        0.5,
+        "beta in the paper: how much of strong minus base is added; 0 leaves only the mask",
+        "factor",
+        low=0.0,
+        high=10.0,
     )
     plausibility: float = setting(
-        0.1, "alpha in the paper: a token needs this share of the likeliest token's probability", low=0.0, high=1.0
+        0.1,
+        "alpha in the paper: a token needs this share of the likeliest token's probability",
+        "share",
+        low=0.0,
+        high=1.0,
     )
 
     def joint_law(self, step: Step) -> Float[Tensor, "batch vocab"]:

@@ -24,7 +24,7 @@ class Dynamic:
 
     uses_experts: ClassVar[bool] = True
 
-    alpha_max: float = setting(2.0, "the largest alpha that may be chosen", low=0.0, high=10.0)
+    alpha_max: float = setting(2.0, "the largest alpha that may be chosen", "factor", low=0.0, high=10.0)
 
     def alphas(self, step: Step, pull: Pull) -> Float[Tensor, "expert batch"]:
         """The minimiser of the (summed) objective for each expert alone. [expert, batch]"""

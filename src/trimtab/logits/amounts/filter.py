@@ -31,7 +31,7 @@ class Filter:
     uses_experts: ClassVar[bool] = True
 
     beta: float = setting(
-        0.0, "share of what exceeds the cap that passes: 0 caps, 1 is proxy-tuning", low=0.0, high=1.0
+        0.0, "share of what exceeds the cap that passes: 0 caps, 1 is proxy-tuning", "share", low=0.0, high=1.0
     )
 
     def law(self, step: Step) -> Float[Tensor, "expert batch vocab"]:

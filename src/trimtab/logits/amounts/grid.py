@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimtab.core.divergence import kl_nats
+from trimtab.core.errors import BadSetting
 from trimtab.core.pull import Pull
 from trimtab.logits.settings import setting
 from trimtab.logits.step import Step
@@ -25,13 +26,23 @@ class Grid:
 
     uses_experts: ClassVar[bool] = True
 
-    alpha_max: float = setting(2.0, "the largest alpha of the grid", low=0.0, high=10.0)
-    alpha_step: float = setting(0.1, "the distance between two alphas of the grid", low=0.001, high=10.0)
+    alpha_max: float = setting(2.0, "the largest alpha of the grid", "factor", low=0.0, high=10.0)
+    alpha_step: float = setting(0.1, "the distance between two alphas of the grid", "factor", low=0.001, high=10.0)
+
+    def __post_init__(self) -> None:
+        if 0.0 < self.alpha_max < self.alpha_step:
+            raise BadSetting(
+                f"alpha_step is {self.alpha_step:g}, but alpha_max is {self.alpha_max:g}.",
+                "A step is at most as wide as the grid: the first one would already lead out of it.",
+                f"for example alpha_step={max(self.alpha_max / 10, 0.001):g}, or a larger alpha_max.",
+            )
 
     def candidates(self) -> list[float]:
-        """The grid: 0, alpha_step, 2 alpha_step, ... up to alpha_max."""
+        """The grid: 0, alpha_step, 2 alpha_step, ... and alpha_max, also where the last step to it is a short one."""
+        steps = self.alpha_max / self.alpha_step
         # A hair more than alpha_max, or 2.0 / 0.1 would now and then end one step early.
-        return [i * self.alpha_step for i in range(int(self.alpha_max / self.alpha_step + 1e-9) + 1)]
+        points = [i * self.alpha_step for i in range(int(steps + 1e-9) + 1)]
+        return [*points, self.alpha_max] if steps - (len(points) - 1) > 1e-9 else points
 
     def alphas(self, step: Step, pull: Pull) -> Float[Tensor, "expert batch"]:
         """The best grid point for each expert alone. [expert, batch]"""

@@ -26,7 +26,7 @@ class Mixture:
 
     uses_experts: ClassVar[bool] = True
 
-    weight: float = setting(0.5, "the experts' share: 0 is the strong model, 1 the expert", low=0.0, high=1.0)
+    weight: float = setting(0.5, "the experts' share: 0 is the strong model, 1 the expert", "share", low=0.0, high=1.0)
 
     def law(self, step: Step) -> Float[Tensor, "expert batch vocab"]:
         """The mean of the strong model and each expert alone."""

@@ -28,6 +28,7 @@ class Static:
         1.0,
         "how much of each expert's delta is added: one number for all experts, or one per name; 0 gives the strong "
         "model back, 1 is proxy-tuning",
+        "factor",
         low=-10.0,
         high=10.0,
     )

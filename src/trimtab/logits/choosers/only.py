@@ -17,7 +17,9 @@ from trimtab.logits.step import Step
 class Only:
     """The named expert, asked to meet its own targets."""
 
-    expert: str | None = setting(None, "the name of the expert that speaks; may be left out when there is only one")
+    expert: str | None = setting(
+        None, "the name of the expert that speaks; may be left out when there is only one", "name"
+    )
 
     def check_names(self, names: tuple[str, ...]) -> None:
         """Raise unless the setting picks exactly one of the experts."""
