@@ -6,7 +6,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 import tiny
 from fusing import PROMPTS, check_same_tokens, fuse, new_tokens
-from trimtab.core.errors import BadSetting
+from trimtab import FusedCausalLM
+from trimtab.core.errors import BadSetting, TrimtabWarning
 
 PAIRS = [("llama", kind) for kind in tiny.KINDS] + [(kind, "llama") for kind in tiny.KINDS[1:]] + [("gemma2", "gpt2")]
 
@@ -146,6 +147,36 @@ def test_the_generation_config_is_heard(fused):
         **inputs, generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
     )
     assert output.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+def only(*ids):
+    """For `generate`: the next token is the one whose turn it is, the last one for ever."""
+    start = []
+
+    def allowed(batch, sequence):
+        start.append(len(sequence)) if not start else None
+        return [ids[min(len(sequence) - start[0], len(ids) - 1)]]
+
+    return allowed
+
+
+def test_token_0_can_end_a_text(fused):
+    inputs = fused.encode("Q: and now")
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": 0}
+    trace = fused.generate(**inputs, **options, prefix_allowed_tokens_fn=only(7, 0), trace=True)
+    assert [step.token_id for step in trace.steps] == [7, 0]
+
+
+def test_token_0_is_a_token_where_nothing_is_padding():
+    base = tiny.make(seed=1)
+    for name in ("pad_token_id", "eos_token_id"):
+        setattr(base.generation_config, name, None)
+    model = FusedCausalLM.from_members(base, base, {"x": base})  # without a tokenizer
+    assert model.config.pad_token_id is None
+    prompt = torch.full((1, tiny.CONTEXT - 4), 9)
+    options = {"max_new_tokens": 20, "do_sample": False, "prefix_allowed_tokens_fn": only(0)}
+    with pytest.warns(TrimtabWarning, match="1 of 1 texts were cut after 5 new tokens"):
+        model.generate(prompt, **options)
 
 
 def test_scores_and_logits_come_out(fused):

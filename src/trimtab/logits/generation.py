@@ -42,7 +42,8 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
             kwargs |= self._placed(self.encoder.own_inputs(inputs, mask))
         config = args[0] if args else kwargs.get("generation_config")
         asked = kwargs if config is None else vars(config) | {k: v for k, v in kwargs.items() if v is not None}
-        ends = _listed(asked.get("eos_token_id") or self.generation_config.eos_token_id)
+        asked_end = asked.get("eos_token_id")  # may be token 0
+        ends = _listed(self.generation_config.eos_token_id if asked_end is None else asked_end)
         limit = self._limit_length(inputs, kwargs, asked) if is_fresh else None
         try:
             output = super().generate(inputs, *args, **kwargs)
@@ -80,7 +81,8 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         return room, name
 
     def _warn_if_cut(self, generated: Tensor, ends: Sequence[int], room: int, name: str) -> None:
-        finished = torch.tensor([*ends, self.config.pad_token_id or 0], device=generated.device)
+        padding = _listed(self.config.pad_token_id)
+        finished = torch.tensor([*ends, *padding], dtype=torch.long, device=generated.device)
         is_cut = ~torch.isin(generated[:, -1], finished)
         if generated.shape[1] >= room and bool(is_cut.any()):
             warnings.warn(
