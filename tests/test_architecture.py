@@ -2,12 +2,13 @@
 
 import ast
 import importlib
+import math
 import os
-import resource
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
@@ -118,12 +119,14 @@ def run_python(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, env=environment)
 
 
-def cpu_seconds_of(code: str) -> float:
-    """What a fresh process spends on `code`: on an idle machine the time one waits, and on a busy one still that."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run_python("-c", code)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+SCRIPT = Path(sys.executable).with_name("trimtab")  # the command that the installation puts beside python
+
+
+def wall_seconds_of(words: list[str]) -> float:
+    """How long one waits for the installed command."""
+    started = perf_counter()
+    subprocess.run([str(SCRIPT), *words], capture_output=True, check=True)
+    return perf_counter() - started
 
 
 @pytest.mark.parametrize("line", ["import trimtab", "import trimtab.registry", "import trimtab.cli.main"])
@@ -132,11 +135,25 @@ def test_importing_is_light(line: str) -> None:
     assert run_python("-c", code).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list"], ["list", "--json"], ["--version"]])
-def test_help_and_listings_answer_at_once_and_without_torch(words: list[str]) -> None:
+QUICK_COMMANDS = [["--help"], ["list"], ["list", "--json"], ["--version"]]
+
+
+@pytest.mark.parametrize("words", QUICK_COMMANDS)
+def test_help_and_listings_import_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys\nfrom trimtab.cli.main import main\n"
         f"code = main({words!r})\n"
         f"assert code == 0\nassert not [name for name in {HEAVY!r} if name in sys.modules]"
     )
-    assert min(cpu_seconds_of(code) for _ in range(3)) <= QUICK_SECONDS
+    run_python("-c", code)
+
+
+@pytest.mark.parametrize("words", QUICK_COMMANDS)
+def test_help_and_listings_answer_within_three_tenths_of_a_second(words: list[str]) -> None:
+    """The best of many: other work on the machine only ever makes a run slower."""
+    best = math.inf
+    for _ in range(20):
+        best = min(best, wall_seconds_of(words))
+        if best <= QUICK_SECONDS:
+            break
+    assert best <= QUICK_SECONDS

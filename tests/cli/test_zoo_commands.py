@@ -12,7 +12,7 @@ from trimtab.cli.panel import load_panel, load_tokenizer, solved_examples
 from trimtab.measure import evaluation
 from trimtab.measure.results import END, START
 from trimtab.measure.scores import ANSWER_METRICS
-from trimtab.measure.study import MULTI_STRATEGIES, SINGLE_STRATEGIES
+from trimtab.measure.study import DEMO_MULTI, MULTI_STRATEGIES, SINGLE_STRATEGIES
 
 NUM_ITEMS = 8
 
@@ -35,10 +35,10 @@ def test_the_demo_has_every_column_of_every_task(document) -> None:
     single = {"base", "expert", "strong", "latent", "ceiling", *SINGLE_STRATEGIES}
     assert list(document["single"]) == list(zoo.TUNED_TASKS)
     assert all(set(columns) == single for columns in document["single"].values())
-    assert {"base", "strong", "mixed", "ceiling", *MULTI_STRATEGIES} == set(document["multi"]) - {
+    assert {"base", "strong", "mixed", "ceiling", *DEMO_MULTI} == set(document["multi"]) - {
         f"expert/{task}" for task in zoo.TUNED_TASKS
     }
-    assert all(set(document["multi"][column]) == set(zoo.TASKS) for column in (*MULTI_STRATEGIES, "mixed", "ceiling"))
+    assert all(set(document["multi"][column]) == set(zoo.TASKS) for column in (*DEMO_MULTI, "mixed", "ceiling"))
     assert {"base", "strong", "mixed", "ceiling", "dynamic"} <= set(document["unseen"]["domains"])
     assert (document["pair"], document["items"], document["seed"]) == ("far", NUM_ITEMS, 1)
     assert document["seconds"] > 0
@@ -161,6 +161,7 @@ def test_results_are_written_from_all_distinct_items_and_reach_the_readme(run, t
     assert [draw["seed"] for draw in found["far"]["draws"]] == [0, 1]
     assert 3 <= found["far"]["pooled"]["num_items"]["facts"] <= 6
     text = page.read_text()
+    assert set(MULTI_STRATEGIES) <= set(found["far"]["pooled"]["multi"])
     assert "| DLF, solved exactly |" in text
     assert "95% bootstrap intervals" in text
     for table in ("single", "multi"):

@@ -12,7 +12,17 @@ from tiny_models import make_model, make_tokenizer, tune
 from trimtab.logits.model import FusedCausalLM
 from trimtab.logits.strategy import make_strategy
 from trimtab.measure import evaluation, report, summary, tables, verdict
-from trimtab.measure.study import MULTI_STRATEGIES, SINGLE_STRATEGIES, Panel, Spec, run_study
+from trimtab.measure.results import headline_table, markdown
+from trimtab.measure.study import (
+    DEMO_MULTI,
+    MULTI_STRATEGIES,
+    SINGLE_STRATEGIES,
+    Panel,
+    Spec,
+    alone_scores,
+    forced_scores,
+    run_study,
+)
 
 
 @dataclass(frozen=True)
@@ -158,19 +168,117 @@ def test_the_document_has_the_promised_shape(document) -> None:
     assert document["items"] == 12
 
 
-def test_averages_ratios_and_gaps_follow_from_the_means(document) -> None:
-    average = document["average"]["single"]
-    for column in ("dynamic", "expert", "ceiling"):
-        means = [document["single"][task][column] for task in TUNED]
-        assert average[column] == pytest.approx(sum(means) / 2, abs=1e-3)
-    if average["ceiling"]:
-        assert (
-            document["ratio"]["single"]["dynamic"] == pytest.approx(average["dynamic"] / average["ceiling"], abs=1e-3)
-            or document["ratio"]["single"]["dynamic"] is None
-        )
-    multi = document["multi"]["dynamic"]
-    seen = (multi["facts"] + multi["truth"]) / 2
-    assert document["average"]["multi"]["dynamic"] == pytest.approx((seen + multi["domains"]) / 2, abs=1e-3)
+def spread(start: float) -> torch.Tensor:
+    """Scores of twelve items around `start`, all different, so that no mean is a round number."""
+    return start + torch.arange(12.0) ** 1.5 / 4
+
+
+def test_averages_ratios_and_gaps_follow_from_the_means(scores) -> None:
+    """Known scores in every column that the figures need: none of them may be missing then."""
+    points = {table: {c: dict(t) for c, t in columns.items()} for table, columns in scores.points.items()}
+    points["single"] |= {
+        column: {"facts": spread(start), "truth": spread(start + 7)}
+        for column, start in {"dynamic": 60.0, "expert": 40.0, "ceiling": 80.0}.items()
+    }
+    points["multi"] |= {
+        column: {"facts": spread(start), "truth": spread(start + 3), "domains": spread(start - 11)}
+        for column, start in {"dynamic": 50.0, "mixed": 30.0, "ceiling": 85.0}.items()
+    }
+    document = summary.summarise(replace(scores, points=points), TUNED, num_draws=100)
+    mean = float(spread(0.0).mean())
+    single, multi = (60 + mean + 3.5, 40 + mean + 3.5, 80 + mean + 3.5), [mean + 1.5 / 2 - 11 / 2] * 3
+    multi = [start + shift for start, shift in zip((50, 30, 85), multi, strict=True)]
+    for table, weak, (fused, expert, ceiling) in (("single", "expert", single), ("multi", "mixed", multi)):
+        average = document["average"][table]
+        found = (average["dynamic"], average[weak], average["ceiling"])
+        assert found == pytest.approx((fused, expert, ceiling), abs=1e-3)
+        assert document["ratio"][table]["dynamic"] == pytest.approx(fused / ceiling, abs=1e-3)
+        assert document["pgr"][table]["dynamic"] == pytest.approx((fused - expert) / (ceiling - expert), abs=1e-3)
+
+
+def test_dlf_is_paired_with_every_other_strategy_and_the_models_alone(document) -> None:
+    averages = {table: set() for table in ("single", "multi")}
+    for row in document["paired"]:
+        if row["tasks"] == "average":
+            averages[row["table"]].add(row["second"])
+    assert averages["single"] == {*SINGLE_STRATEGIES, "expert", "strong"} - {"dynamic"}
+    assert averages["multi"] == {*MULTI_STRATEGIES, "mixed"} - {"dynamic"} | {"strong"}
+
+
+@pytest.mark.parametrize(("table", "column"), [("single", "static_1.5"), ("multi", "static_mean")])
+def test_the_best_static_alpha_is_found_in_both_tables(scores, table: str, column: str) -> None:
+    points = {name: {c: dict(t) for c, t in columns.items()} for name, columns in scores.points.items()}
+    points[table][column] = {task: torch.full((12,), 99.0) for task in points[table][column]}
+    document = summary.summarise(replace(scores, points=points), TUNED, num_draws=20)
+    assert document["best_static"][table] == column
+    told = verdict.sentences({**document, "pair": "far"})
+    assert any(f"{verdict.name_of(column)}, the best static alpha in hindsight" in sentence for sentence in told)
+
+
+def test_the_table_of_all_experts_has_every_rival_with_the_papers_chooser() -> None:
+    by_paper = {"static_0.5", "static_1.0", "static_1.5", "grid", "dynamic", "cautious", "filter"}
+    assert {name for name, spec in MULTI_STRATEGIES.items() if spec.chooser == "paper"} == by_paper
+    assert MULTI_STRATEGIES["filter_sum"] == Spec("filter", "sum")
+    assert set(DEMO_MULTI) < set(MULTI_STRATEGIES)
+
+
+def test_every_column_has_a_name_and_a_colour_of_its_own() -> None:
+    from trimtab.measure.plots import COLUMN_COLOURS
+
+    for columns in (SINGLE_STRATEGIES, MULTI_STRATEGIES):
+        assert len({verdict.NAMES[column] for column in columns}) == len(columns)
+        assert len({COLUMN_COLOURS[column] for column in columns}) == len(columns)
+
+
+def test_the_headline_names_the_strongest_rivals_and_the_page_groups_losses_by_task(scores, tmp_path: Path) -> None:
+    points = {table: {c: dict(t) for c, t in columns.items()} for table, columns in scores.points.items()}
+    points["multi"] |= {
+        "dynamic": {task: torch.full((12,), 40.0) for task in TASKS},
+        "static_0.5": {task: torch.full((12,), 77.0) for task in TASKS},
+        "cautious": {task: torch.full((12,), 66.0) for task in TASKS},
+        "filter": {task: torch.full((12,), 55.0) for task in TASKS},
+    }
+    document = summary.summarise(replace(scores, points=points), TUNED, num_draws=50)
+    document |= {"pair": "far", "versions": {}}
+    found = {"far": {"pooled": document, "draws": [{"seed": 0, "items": 12}], "spread": {}}}
+    lines = headline_table(found).splitlines()
+    best, cautious, filtered = (next(x for x in lines if f"| {name} |" in x) for name in HEADLINES)
+    assert best.endswith("| 77.0 (77.0–77.0), alpha 0.5 |")
+    assert cautious.endswith("| 66.0 (66.0–66.0) |")
+    assert filtered.endswith("| 55.0 (55.0–55.0) |")
+    page = markdown(found, tmp_path / "results.md")
+    assert page.count("On facts (all experts) DLF is below") == 1
+    assert "static, alpha 0.5 by 37.0" in page
+
+
+HEADLINES = ("best static alpha, known in hindsight", "smaller root", "posterior filter")
+
+
+@torch.inference_mode()
+def test_an_answer_bound_to_the_style_opens_with_the_likeliest_opening(panel, items) -> None:
+    """Against the model itself: the opening it likes best, and what it writes after it."""
+    asked = [replace(item, choices=(" Moss", " cat")) for item in items["facts"][:4]]
+    kind, seen = TASKS["facts"], []
+    for item in asked:
+        sums = []
+        for choice in item.choices:
+            ids = panel.tokenizer(item.prompt + choice, return_tensors="pt")["input_ids"]
+            start = len(panel.tokenizer(item.prompt)["input_ids"])
+            laws = panel.models["strong"](input_ids=ids).logits.float().log_softmax(dim=-1)[0]
+            sums.append(float(sum(laws[place - 1, ids[0, place]] for place in range(start, ids.shape[1]))))
+        opening = item.choices[sums.index(max(sums))]
+        prefixes = evaluation.read_prompts(panel.models["strong"], panel.tokenizer, [item.prompt + opening], 5)
+        seen.append(opening + evaluation.answer_prompts(panel.models["strong"], panel.tokenizer, prefixes, 5)[0])
+    right = [replace(item, target=answer) for item, answer in zip(asked, seen, strict=True)]
+    assert forced_scores(panel, kind, right, "strong").tolist() == [100.0] * 4
+    wrong = [replace(item, target=answer + "x") for item, answer in zip(asked, seen, strict=True)]
+    assert forced_scores(panel, kind, wrong, "strong").tolist() == [0.0] * 4
+
+
+def test_items_with_a_label_are_answered_by_choosing_even_where_the_task_writes(panel, items) -> None:
+    asked = [replace(item, choices=(" Moss", " cat", " Elm"), label=1) for item in items["facts"]]
+    as_choice = alone_scores(panel, TASKS["truth"], asked, "strong")
+    assert torch.equal(forced_scores(panel, TASKS["facts"], asked, "strong"), as_choice)
 
 
 def test_every_mean_lies_in_its_interval(document) -> None:

@@ -52,15 +52,16 @@ def measure(pair: str, tasks: Sequence[str], limit: int, seed: int) -> tuple[Any
     """The loaded models and the scores of every column on test items of the zoo."""
     from trimtab import zoo
     from trimtab.cli.panel import draw_items
+    from trimtab.measure.study import DEMO_MULTI
 
     items = draw_items(tasks, limit, seed)
     if not any(items.values()):
         raise InputError("there are no items.", fix="name other tasks.")
-    return study(pair, {name: zoo.TASKS[name] for name in tasks}, items)
+    return study(pair, {name: zoo.TASKS[name] for name in tasks}, items, DEMO_MULTI)
 
 
-def study(pair: str, tasks: Mapping[str, Any], items: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Load the models of a pair once and run every column."""
+def study(pair: str, tasks: Mapping[str, Any], items: Mapping[str, Any], multi: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Load the models of a pair once and run every column; `multi` are the strategies for all experts at once."""
     from trimtab import zoo
     from trimtab.cli.panel import load_panel, solved_examples
     from trimtab.measure.study import run_study
@@ -78,6 +79,7 @@ def study(pair: str, tasks: Mapping[str, Any], items: Mapping[str, Any]) -> tupl
             zoo.TUNED_TASKS,
             shots,
             on_job=lambda job, done, total: advance(f"{job.task}: {job.column}", done, total),
+            multi=multi,
         )
     return panel, scores
 

@@ -74,6 +74,7 @@ def measure(args: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
     from trimtab.cli import demo
     from trimtab.cli.panel import draw_items
     from trimtab.measure.results import collect
+    from trimtab.measure.study import MULTI_STRATEGIES
     from trimtab.measure.summary import summarise
 
     tasks = options.names_of(args.tasks, zoo.TASKS, "task")
@@ -83,7 +84,7 @@ def measure(args: argparse.Namespace, seeds: list[int]) -> dict[str, Any]:
     pooled: dict[str, dict[str, Any]] = {}
     for pair in options.names_of(args.pairs, PAIRS, "pair"):
         started = perf_counter()
-        _, scores = demo.study(pair, {name: zoo.TASKS[name] for name in tasks}, every)
+        _, scores = demo.study(pair, {name: zoo.TASKS[name] for name in tasks}, every, MULTI_STRATEGIES)
         common = {"pair": pair, "seconds": round(perf_counter() - started, 1), "versions": output.versions()}
         documents[pair] = [
             {**summarise(scores.only(drawn), zoo.TUNED_TASKS, seed=seed, num_draws=500), **common, "seed": seed}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli import options, output
+from trimtab.core.errors import TrimtabError
 
 EXAMPLE = "trimtab zoo info"
 VALIDATION_ITEMS = 240
@@ -23,7 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     info = actions.add_parser("info", help="what is there, with sizes and checksums")
     regime = actions.add_parser("check", help="whether there is anything to transfer, on validation items")
     regime.add_argument(
-        "--items", type=options.positive, default=VALIDATION_ITEMS, metavar="N", help="validation items per task"
+        "--items",
+        type=options.positive,
+        default=VALIDATION_ITEMS,
+        metavar="N",
+        help="validation items per task at most",
     )
     regime.add_argument("-o", "--output", type=Path, metavar="MD", help="also write the table as Markdown")
     regime.add_argument("--force", action="store_true", help="overwrite what is there")
@@ -46,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if args.action == "info":
         result = inventory()
         output.emit(args.json, output.document(result), lambda: show(result))
+        refuse_damage(result["damaged"])
     elif args.action == "check":
         check(args)
     else:
@@ -53,16 +59,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Every model of both pairs alone, on validation items; fails where there is nothing to transfer."""
+    """Every model of both pairs alone, on validation items; fails where no room is left above the experts."""
     from dataclasses import asdict
 
     from trimtab import zoo
     from trimtab.cli.panel import load_panel, solved_examples
-    from trimtab.core.errors import TrimtabError
-    from trimtab.measure.regime import TaskRegime, as_markdown, is_transferable, task_regime
+    from trimtab.measure.regime import TaskRegime, as_markdown, criteria, is_transferable, task_regime
 
     target = output.claim_file(args.output, args.force) if args.output else None
     items = {task: zoo.load_items(task, "validation", limit=args.items) for task in zoo.TASKS}
+    forced = {task: zoo.in_own_style(task, chosen) for task, chosen in items.items()}
     found: dict[str, list[TaskRegime]] = {}
     with output.progress() as advance:
         for pair in ("far", "close"):
@@ -73,17 +79,32 @@ def check(args: argparse.Namespace) -> None:
             found[pair] = []
             for done, (name, task) in enumerate(zoo.TASKS.items()):
                 advance(f"{pair} pair: {name}", done, len(zoo.TASKS))
-                found[pair].append(task_regime(panel, task, items[name], name in zoo.TUNED_TASKS, shots.get(name)))
-    text = as_markdown(found, args.items)
+                is_tuned = name in zoo.TUNED_TASKS
+                found[pair].append(task_regime(panel, task, items[name], is_tuned, shots.get(name), forced[name]))
+    text = as_markdown(found)
     if target:
         target.write_text(text)
-    result = {pair: [asdict(regime) for regime in regimes] for pair, regimes in found.items()}
-    output.emit(args.json, output.document(result, {"items": args.items}), lambda: print(text, end=""))
+    result = {
+        pair: {"tasks": [asdict(r) for r in regimes], "criteria": [asdict(c) for c in criteria(pair, regimes)]}
+        for pair, regimes in found.items()
+    }
+    counts = {task: len(chosen) for task, chosen in items.items()}
+    output.emit(args.json, output.document(result, {"items": counts}), lambda: print(text, end=""))
     poor = [pair for pair, regimes in found.items() if not is_transferable(pair, regimes)]
     if poor:
         raise TrimtabError(
             f"there is nothing to transfer in the {' and the '.join(poor)} pair.",
             fix="change world, sizes or training.",
+        )
+
+
+def refuse_damage(damaged: list[str]) -> None:
+    """Raise TrimtabError where files are missing or are not what the manifest says."""
+    if damaged:
+        raise TrimtabError(
+            f"{len(damaged)} file(s) of the zoo are missing or changed: {', '.join(damaged)}.",
+            "Expected: the checksums of manifest.json.",
+            "install the package again, or make the zoo again with `trimtab zoo build`.",
         )
 
 

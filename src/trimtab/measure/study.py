@@ -59,12 +59,22 @@ SINGLE_STRATEGIES: Mapping[str, Spec] = {
 MULTI_STRATEGIES: Mapping[str, Spec] = {
     "static_sum": Spec("static", "sum", {"alpha": 1.0}),
     "static_mean": Spec("static", "sum", {"alpha": 0.25}),
+    "static_0.5": Spec("static", "paper", {"alpha": 0.5}),
+    "static_1.0": Spec("static", "paper", {"alpha": 1.0}),
+    "static_1.5": Spec("static", "paper", {"alpha": 1.5}),
     "product": Spec("product", "sum"),
     "mixture": Spec("mixture", "sum"),
     "grid": Spec("grid", "paper"),
     "dynamic": Spec("dynamic", "paper"),
     "dynamic_confident": Spec("dynamic", "confident"),
+    "cautious": Spec("cautious", "paper"),
+    "filter": Spec("filter", "paper"),
     "filter_confident": Spec("filter", "confident"),
+    "filter_sum": Spec("filter", "sum"),
+}
+# What a demonstration of minutes leaves out of the table of all experts; `trimtab results` leaves out nothing.
+DEMO_MULTI: Mapping[str, Spec] = {
+    name: spec for name, spec in MULTI_STRATEGIES.items() if name not in ("static_1.5", "filter", "filter_sum")
 }
 
 
@@ -122,6 +132,7 @@ def run_study(
     tuned_tasks: Sequence[str],
     few_shot: Mapping[str, str] | None = None,
     on_job: Callable[[Job, int, int], None] = lambda job, done, total: None,
+    multi: Mapping[str, Spec] = MULTI_STRATEGIES,
 ) -> Scores:
     """Every model and strategy on every item.
 
@@ -129,12 +140,16 @@ def run_study(
     tuned_tasks  tasks that have an expert; the others are unseen, and appear in the table of all experts only
     few_shot     task -> solved questions to put before the prompt: what the strong model knows but does not show
     on_job       called before each column of each task with how many are done and how many there are
+    multi        the strategies of the table of all experts
     """
     scores = Scores({task: list(chosen) for task, chosen in items.items()})
-    total = sum(1 for task in items for _ in _jobs(panel, tasks[task], items[task], tuned_tasks, few_shot or {}))
-    done = 0
-    for name, chosen in items.items():
-        for job in _jobs(panel, tasks[name], chosen, tuned_tasks, few_shot or {}):
+
+    def jobs(task: str) -> Iterator[Job]:
+        return _jobs(panel, tasks[task], items[task], tuned_tasks, few_shot or {}, multi)
+
+    total, done = sum(1 for task in items for _ in jobs(task)), 0
+    for name in items:
+        for job in jobs(name):
             on_job(job, done, total)
             started = perf_counter()
             answers, points = job.run()
@@ -152,8 +167,36 @@ def alone_scores(panel: Panel, task: Task, items: Sequence[Item], role: str, pre
     return work.alone(role, prefix)[1]
 
 
+def forced_scores(panel: Panel, task: Task, items: Sequence[Item], role: str) -> Tensor:
+    """One model by itself, its answers bound to the task's own style: points of 100, [item].
+
+    items    all of one kind: those with a label are answered by the likeliest of their choices; those without open
+             with the likeliest of their choices, which may be one, and the model writes on from there
+    """
+    openings, points = _Choosing(panel, items).alone(role, "")
+    if items[0].label is not None:
+        return points
+    model, tokenizer, length = panel.models[role], panel.tokenizer, task.max_new_tokens
+    prompts = [item.prompt + opening for item, opening in zip(items, openings, strict=True)]
+    prefixes = evaluation.read_prompts(model, tokenizer, prompts, length)
+    answers = evaluation.answer_prompts(model, tokenizer, prefixes, length)
+    whole = [opening + answer for opening, answer in zip(openings, answers, strict=True)]
+    return _points(task, whole, items)
+
+
+def _points(task: Task, answers: Sequence[str], items: Sequence[Item]) -> Tensor:
+    """Points of written answers, [item]."""
+    metric = ANSWER_METRICS[task.metric]
+    return torch.tensor([100.0 * metric(a, item.target) for a, item in zip(answers, items, strict=True)])
+
+
 def _jobs(
-    panel: Panel, task: Task, items: Sequence[Item], tuned_tasks: Sequence[str], few_shot: Mapping[str, str]
+    panel: Panel,
+    task: Task,
+    items: Sequence[Item],
+    tuned_tasks: Sequence[str],
+    few_shot: Mapping[str, str],
+    multi: Mapping[str, Spec],
 ) -> Iterator[Job]:
     """All columns of one task. Nothing runs before a job is run, and what jobs share is read by the first of them."""
     work = _Writing(panel, task, items) if task.kind == "generate" else _Choosing(panel, items)
@@ -181,7 +224,7 @@ def _jobs(
         yield alone("multi", "strong", "strong")
         for name in everyone:
             yield alone("multi", f"expert/{name}", f"expert/{name}")
-    for column, spec in MULTI_STRATEGIES.items():
+    for column, spec in multi.items():
         yield fused("multi", column, spec, everyone)
     yield alone("multi", "mixed", "mixed")
     yield alone("multi", "ceiling", "ceiling/mixed")
@@ -212,9 +255,7 @@ class _Writing:
 
     def _write(self, model: Any, prefixes: list[Prefix]) -> tuple[list[str], Tensor]:
         answers = evaluation.answer_prompts(model, self.panel.tokenizer, prefixes, self.task.max_new_tokens)
-        metric = ANSWER_METRICS[self.task.metric]
-        points = [100.0 * metric(answer, item.target) for answer, item in zip(answers, self.items, strict=True)]
-        return answers, torch.tensor(points)
+        return answers, _points(self.task, answers, self.items)
 
 
 class _Choosing:

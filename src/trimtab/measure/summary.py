@@ -11,7 +11,7 @@ from trimtab.measure import paper
 from trimtab.measure.gaps import Measured, gap_recovered, measured, ratio_to_ceiling
 from trimtab.measure.intervals import Draws, resample
 from trimtab.measure.paired import paired_test
-from trimtab.measure.study import SINGLE_STRATEGIES, Scores
+from trimtab.measure.study import MULTI_STRATEGIES, SINGLE_STRATEGIES, Scores
 
 Points = Mapping[str, Mapping[str, Tensor]]  # column -> task -> [item]
 DIGITS = 4
@@ -43,7 +43,7 @@ def summarise(scores: Scores, tuned_tasks: Sequence[str], seed: int = 0, num_dra
         "pgr": {part.name: {c: _value(m) for c, m in part.gaps().items()} for part in parts},
         "intervals": _intervals(parts, seen, unseen),
         "reasons": _reasons(parts),
-        "best_static": {part.name: part.best_static() for part in parts if part.name == "single"},
+        "best_static": {part.name: part.best_static() for part in parts},
         "paired": [row for part in parts for row in part.paired(generator)],
         "paper": paper_figures(),
         "num_items": {task: len(items) for task, items in scores.items.items()},
@@ -92,18 +92,21 @@ class _Part:
         skipped = ("ceiling", self.weak)
         return {c: gap_recovered(self.average(c), expert, ceiling) for c in self.table if c not in skipped}
 
-    def best_static(self) -> str:
-        """The static alpha of the best average: known only in hindsight."""
-        names = [name for name in SINGLE_STRATEGIES if name.startswith("static") and name in self.table]
-        return max(names, key=lambda name: float(self.average(name)[0]))
+    def fused(self) -> list[str]:
+        """The strategies of this table that answered every task, in the table's order."""
+        known = SINGLE_STRATEGIES if self.name == "single" else MULTI_STRATEGIES
+        return [column for column in known if column in self.table]
+
+    def best_static(self) -> str | None:
+        """The static alpha of the best average, known only in hindsight; None in a table without any."""
+        names = [name for name in self.fused() if name.startswith("static")]
+        return max(names, key=lambda name: float(self.average(name)[0]), default=None)
 
     def paired(self, generator: torch.Generator) -> list[dict[str, Any]]:
-        """dynamic against its rivals, on all tasks together and on each."""
-        rivals = ["static_sum", "dynamic_confident", "mixed", "strong"]
-        if self.name == "single":
-            rivals = ["static_1.0", f"{self.best_static()}", "expert", "grid", "mixture", "product", "filter"]
+        """dynamic against every other strategy and the models alone, on all tasks together and on each."""
+        alone = [column for column in (self.weak, "strong") if column in self.table]
         rows = []
-        for rival in dict.fromkeys(r for r in rivals if r in self.table):
+        for rival in [column for column in self.fused() if column != "dynamic"] + alone:
             for shares in [self.shares, *({task: 1.0} for task in self.tasks if len(self.tasks) > 1)]:
                 found = paired_test(self.table["dynamic"], self.table[rival], shares, generator)
                 means, theirs = self.draws.means["dynamic"], self.draws.means[rival]
@@ -145,12 +148,14 @@ def _reasons(parts: Sequence[_Part]) -> dict[str, dict[str, str]]:
 
 
 def paper_figures() -> dict[str, Any]:
-    """The paper's own figures in the shape of ours."""
+    """The paper's own figures in the shape of ours; the recovered gaps follow from its averages."""
+    tables = {"single": paper.SINGLE, "multi": paper.MULTI}
+    gaps = {name: {pair: figures.gap_recovered for pair, figures in pairs.items()} for name, pairs in tables.items()}
     return {
         "source": "Fan et al. 2024, arXiv 2406.15480: Llama-2-13B steered by 7B (close) and 1.1B (far) experts",
         "ratio": paper.PRINTED_RATIOS,
-        "pgr": paper.PRINTED_PGR,
-        "single": {pair: asdict(figures) for pair, figures in paper.SINGLE.items()},
+        "pgr": {name: {p: round(g, 2) for p, g in pairs.items() if g is not None} for name, pairs in gaps.items()},
+        **{name: {pair: asdict(figures) for pair, figures in pairs.items()} for name, pairs in tables.items()},
     }
 
 

@@ -23,6 +23,7 @@ NAMES = {
     "cautious": "cautious (smaller root)",
     "filter": "posterior filter",
     "filter_confident": "posterior filter, most confident expert",
+    "filter_sum": "posterior filter, all experts",
     "product": "product (geometric mean)",
     "mixture": "mixture (arithmetic mean)",
     "contrastive": "contrastive decoding, no expert",
@@ -82,5 +83,7 @@ def _best(document: Mapping[str, Any], table: str) -> str:
     best = max(average, key=lambda column: average[column])
     kind = "one expert" if table == "single" else "all experts"
     if best == "dynamic":
-        return f"Of the strategies for {kind} DLF has the best average."
-    return f"Of the strategies for {kind} the best average is that of {name_of(best)}: {average[best]:.1f}."
+        return f"Of the strategies for {kind} measured here DLF has the best average."
+    return (
+        f"Of the strategies for {kind} measured here the best average is that of {name_of(best)}: {average[best]:.1f}."
+    )

@@ -1,6 +1,7 @@
 """The embedded world, tasks and models: what makes the library work with no download."""
 
 from trimtab.zoo.store import check_files, names, read_manifest, resolve, root
+from trimtab.zoo.style import in_own_style
 from trimtab.zoo.tasks import TASKS, TUNED_TASKS, Item, Task, few_shot, items_path, load_items
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Task",
     "check_files",
     "few_shot",
+    "in_own_style",
     "items_path",
     "load_items",
     "names",
