@@ -1,6 +1,7 @@
 """Experts as adapters on the base: one copy of its weights, whatever their number."""
 
 import json
+import re
 import shutil
 
 import peft
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fusing import PROMPTS, check_same_tokens, new_tokens
 from trimtab import FusedCausalLM, zoo
-from trimtab.core.errors import MemberMismatch, UnreadableModel
+from trimtab.core.errors import MemberMismatch, TrimtabWarning, UnreadableModel
 
 
 def save_adapter(model, folder, seed, base_name="zoo:small", **settings):
@@ -171,15 +172,87 @@ def test_an_adapter_of_another_model_is_refused(home):
     save_adapter(base, home / "e", 3, base_name="zoo:strong")
     with pytest.raises(MemberMismatch, match=r"(?s)expert 'e' is an adapter of 'zoo:strong', but the base is .*pass"):
         build(home, "e")
-    # A base that is not there any more is no reason to refuse: the shapes decide.
-    save_adapter(base, home / "e", 3, base_name="/gone/base")
-    build(home, "e")
     save_adapter(AutoModelForCausalLM.from_pretrained(home / "strong"), home / "e", 3, base_name="/gone/base")
     with pytest.raises(MemberMismatch, match=r"(?s)the adapter 'e' \(.*\) does not fit its base"):
         build(home, "e")
     shutil.copytree(home / "base", home / "twin")
     save_adapter(base, home / "e", 3, base_name=str(home / "twin"))
     build(home, "e")  # the same weights in another place
+
+
+def printed_kl(caught):
+    """The divergence in the one warning that was caught, in nats."""
+    (warning,) = [w for w in caught if w.category is TrimtabWarning]
+    return float(re.search(r"KL\(expert \|\| base\) is (\d+\.\d\d) nats per token", str(warning.message))[1])
+
+
+def measured_kl(model, name):
+    """KL(expert || base) on fixed token sequences, from its definition."""
+    ids = torch.randint(tiny.VOCAB, (4, 32), generator=torch.Generator().manual_seed(0))
+    members = model.members
+    laws = [model.reader.read_alone(m, ids).log_softmax(-1) for m in (members.experts[name], members.base)]
+    return float((laws[0].exp() * (laws[0] - laws[1])).sum(-1).mean())
+
+
+@pytest.mark.parametrize("recorded", ["/gone/base", "some/base", "", None])
+def test_a_base_that_cannot_be_compared_is_warned_of_with_the_measured_divergence(home, recorded):
+    """A hub id, a path that is gone, or no name at all: the shapes alone do not show that it is the same model."""
+    save_adapter(AutoModelForCausalLM.from_pretrained(home / "base"), home / "e", 3, base_name=recorded)
+    what = f"an adapter of '{recorded}', which is not here" if recorded else "the adapter names no base"
+    with pytest.warns(
+        TrimtabWarning, match=f"'e' may not descend from the base: .*{what} and cannot be comp"
+    ) as caught:
+        model = build(home, "e")
+    assert printed_kl(caught) == pytest.approx(measured_kl(model, "e"), abs=0.006)
+    assert measured_kl(model, "e") > 0.1
+
+
+def test_a_loaded_base_is_compared_by_weights_or_by_name(home):
+    save_adapter(AutoModelForCausalLM.from_pretrained(home / "base"), home / "e", 3, base_name="some/base")
+    strong = AutoModelForCausalLM.from_pretrained(home / "strong")
+
+    def fuse_on(base, *experts):
+        members = {e: home / e for e in experts}
+        return FusedCausalLM.from_members(strong, base, members, tokenizer=tiny.make_tokenizer())
+
+    base = AutoModelForCausalLM.from_pretrained(home / "base")
+    fuse_on(base, "a", "b")  # zoo:small is here, and its weights are those of the base, adapters on it or not
+    base.config.name_or_path = "some/base"
+    fuse_on(base, "e")  # the recorded name
+    other = tiny.tuned(AutoModelForCausalLM.from_pretrained(home / "base"), 5)
+    with pytest.warns(
+        TrimtabWarning, match=r"'a' may not.* of 'zoo:small', whose weights are not those of the loaded b"
+    ):
+        fuse_on(other, "a")
+    with pytest.warns(TrimtabWarning, match=r"'e' may not.* of 'some/base', which is not here and cannot be compared"):
+        fuse_on(other, "e")
+
+
+def test_a_loaded_adapter_is_held_against_the_base_that_it_records(home):
+    save_adapter(AutoModelForCausalLM.from_pretrained(home / "base"), home / "e", 3, base_name="some/base")
+    strong = AutoModelForCausalLM.from_pretrained(home / "strong")
+
+    def fuse_on(base, adapted):
+        return FusedCausalLM.from_members(strong, base, {"e": adapted}, tokenizer=tiny.make_tokenizer())
+
+    base = AutoModelForCausalLM.from_pretrained(home / "base")
+    adapted = peft.PeftModel.from_pretrained(base, home / "e")
+    with pytest.warns(TrimtabWarning, match="'e' may not descend from the base: it is an adapter of 'some/base'"):
+        fuse_on(base, adapted)
+    fresh = tiny.make(seed=1)  # a base without a name, and an adapter that was made on it
+    fuse_on(fresh, peft.get_peft_model(fresh, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])))
+
+
+@pytest.mark.parametrize("size", ["small", "strong"])
+def test_the_embedded_adapters_sit_on_their_base_without_a_doubt(size):
+    adapters = [name for name in zoo.names() if (zoo.resolve(f"zoo:{name}") / "adapter_config.json").is_file()]
+    names = [name for name in adapters if name.startswith(f"{size}/")]
+    experts = {name.partition("/")[2]: f"zoo:{name}" for name in names}
+    assert len(experts) >= 4
+    model = FusedCausalLM.from_members("zoo:strong", f"zoo:{size}", experts, "static")
+    assert not any(member.doubt for member in model.members)
+    loaded = AutoModelForCausalLM.from_pretrained(zoo.resolve(f"zoo:{size}"), dtype=torch.float32)
+    FusedCausalLM.from_members("zoo:strong", loaded, experts, "static")
 
 
 def test_damaged_and_unusable_adapters_are_refused(home):

@@ -1,11 +1,14 @@
 """References become members: each directory is loaded once, each model is read once."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
 from fusing import PROMPTS, check_same_tokens, new_tokens
 from trimtab import FusedCausalLM, zoo
+from trimtab.core.errors import UnknownName
+from trimtab.logits.members import Placement
 
 
 def test_a_directory_in_two_roles_is_loaded_and_read_once(members_dir):
@@ -33,6 +36,24 @@ def test_number_types_per_member(members_dir):
         members_dir / "strong", members_dir / "base", {"math": members_dir / "math"}, dtype={"strong": torch.bfloat16}
     )
     assert [member.model.dtype for member in model.members] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("setting", ["dtype", "device"])
+def test_a_placement_of_a_member_that_is_not_there_is_refused(members_dir, setting):
+    members = members_dir / "strong", members_dir / "base", {"math": members_dir / "math"}
+    value = torch.bfloat16 if setting == "dtype" else "cpu"
+    message = rf"(?s)no member \(in {setting}\) 'stron'.*Known: base, math, strong\..*did you mean 'strong'"
+    with pytest.raises(UnknownName, match=message):
+        FusedCausalLM.from_members(*members, **{setting: {"base": value, "stron": value}})
+    FusedCausalLM.from_members(*members, **{setting: {"base": value, "strong": value, "math": value}})
+
+
+def test_a_device_for_all_may_be_given_as_transformers_writes_it():
+    placement = Placement(device={"": "meta"})
+    placement.check_names(("strong", "base", "math"))
+    assert {placement.device_of(name) for name in ("strong", "base", "math")} == {"meta"}
+    with pytest.raises(UnknownName, match=r"no member \(in dtype\) ''"):
+        Placement(dtype={"": torch.float32}).check_names(("strong", "base"))
 
 
 def test_a_text_ends_where_any_member_ends_it():

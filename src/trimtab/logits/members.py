@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.core.errors import MemberMismatch, TrimtabWarning, UnreadableModel
+from trimtab.core.errors import MemberMismatch, TrimtabWarning, UnreadableModel, unknown_name
 from trimtab.logits import descent, lora, references, vocabulary
 from trimtab.logits.references import Reference
 
@@ -25,12 +26,21 @@ class Placement:
     """How members are loaded, each setting one for all or {member: ...}.
 
     dtype     None or "auto": as stored; embedded models, which are stored narrow to be small, in float32
-    device    None: the CPU; "auto" and its kin: spread by transformers over what there is (needs accelerate)
+    device    None: the CPU; "auto" and its kin: spread by transformers over what there is (needs accelerate);
+              {"": device} is transformers' way to say one for all
     """
 
     dtype: Any = None
     device: Any = None
     attn_implementation: str | None = None
+
+    def check_names(self, members: Iterable[str]) -> None:
+        """Raises UnknownName when a number type or a device is given for a member that is not there."""
+        known = tuple(members)
+        for setting, given in (("dtype", self.dtype), ("device", self.device)):
+            for name in given if isinstance(given, Mapping) else ():
+                if name not in known and not (name == "" and setting == "device"):
+                    raise unknown_name(f"member (in {setting})", str(name), known)
 
     def dtype_of(self, name: str, reference: Reference) -> Any:
         """The number type of one member."""
@@ -50,6 +60,8 @@ class Member:
 
     model      the transformers model; an adapter's member shows the model that it sits on
     adapter    the name by which the switch selects it; None: the bare model
+    doubt      of an expert that is an adapter: why the base may not be the model that it was trained on; empty when
+               that was checked
     """
 
     name: str
@@ -58,6 +70,7 @@ class Member:
     reference: Reference | None = None
     directory: Path | None = None
     tokenizer: Any = None
+    doubt: str = ""
 
     @property
     def rows(self) -> int:
@@ -106,7 +119,7 @@ class Shelf:
         base      for an expert: what its adapter sits on
         """
         if isinstance(source, nn.Module):
-            return self._given(name, source)
+            return self._given(name, source, base)
         reference = source if isinstance(source, Reference) else references.parse_reference(source)
         reference, directory = references.locate(reference, self._beside)
         references.check_directory(directory)
@@ -114,18 +127,20 @@ class Shelf:
         tokenizer = vocabulary.load_tokenizer(directory)
         if not references.is_adapter(directory):
             return Member(name, self._load(name, reference, directory), None, reference, directory, tokenizer)
-        under = self._under(name, directory, base)
+        under, doubt = self._under(name, directory, base)
         switch = self.switches.setdefault(id(under.model), lora.AdapterSwitch(under.model))
         key = ("adapter", directory, id(under.model))
         if key not in self._models:
             self._models[key] = switch.attach(name, directory)
-        return Member(name, under.model, self._models[key], reference, directory, tokenizer or under.tokenizer)
+        return Member(name, under.model, self._models[key], reference, directory, tokenizer or under.tokenizer, doubt)
 
-    def _given(self, name: str, model: Any) -> Member:
+    def _given(self, name: str, model: Any, base: Member | None) -> Member:
         """A member from a loaded model; a peft model stands for its active adapter on its base."""
-        adapter = None
+        adapter, recorded = None, None
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            adapter, model = model.active_adapter, model.get_base_model()
+            adapter = model.active_adapter
+            recorded = model.peft_config[adapter].base_model_name_or_path
+            model = model.get_base_model()
         if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
             raise MemberMismatch(
                 f"member '{name}' is a {type(model).__name__}.",
@@ -136,10 +151,17 @@ class Shelf:
         switch = self.switches.setdefault(id(model), lora.AdapterSwitch(model))
         if switch.is_empty:
             del self.switches[id(model)]
-        return Member(name, model.eval(), adapter)
+        doubt = ""
+        # An adapter that was made in memory, on a base without a name, records none either.
+        if adapter is not None and base is not None and base.model is model and (recorded or model.config.name_or_path):
+            doubt = _doubt(recorded, self._find(recorded, None), base)
+        return Member(name, model.eval(), adapter, doubt=doubt)
 
-    def _under(self, name: str, directory: Path, base: Member | None) -> Member:
-        """The model that an adapter sits on: an expert's is the base; any other's is the one that it names."""
+    def _under(self, name: str, directory: Path, base: Member | None) -> tuple[Member, str]:
+        """The model that an adapter sits on, and what is doubtful about it (see Member).
+
+        An expert's is the base; any other's is the one that it names.
+        """
         recorded = lora.base_name(directory)
         located = self._find(recorded, directory)
         if base is not None:
@@ -149,7 +171,7 @@ class Shelf:
                     "An expert's delta is taken against the model that it was tuned from.",
                     f"pass base='{recorded}'.",
                 )
-            return base
+            return base, _doubt(recorded, located, base)
         if recorded is None:
             raise UnreadableModel(
                 f"the adapter '{name}' ({directory}) does not say which model it sits on.",
@@ -157,16 +179,16 @@ class Shelf:
                 "write it there, or merge the adapter into a model of its own.",
             )
         is_path = located is not None and not recorded.startswith(references.ZOO)
-        return self.member(name, Reference(str(located)) if is_path else recorded)
+        return self.member(name, Reference(str(located)) if is_path else recorded), ""
 
-    def _find(self, recorded: str | None, directory: Path) -> Path | None:
-        """The local directory that an adapter names as its base, if there is one; never asks the network."""
-        if recorded is None:
+    def _find(self, recorded: str | None, directory: Path | None) -> Path | None:
+        """The local model directory that an adapter names as its base, if there is one; never asks the network."""
+        if not recorded:
             return None
         if recorded.startswith(references.ZOO):
             return references.locate(Reference(recorded))[1]
-        for place in (Path(recorded).expanduser(), directory / recorded):
-            if place.is_dir():
+        for place in (Path(recorded).expanduser(), *([] if directory is None else [directory / recorded])):
+            if (place / "config.json").is_file():
                 return place.resolve()
         return None
 
@@ -225,7 +247,8 @@ def gather(
 ) -> Members:
     """All members, from loaded models or references (relative paths start at `beside`).
 
-    raises    MemberMismatch when strong or base is missing or an expert's name cannot be used
+    raises    MemberMismatch when strong or base is missing or an expert's name cannot be used; UnknownName for a
+              placement of a member that is not there
     """
     for role, source in (("strong", strong), ("base", base)):
         if source is None:
@@ -239,34 +262,64 @@ def gather(
             raise MemberMismatch(
                 f"an expert cannot be called '{name}'.", f"Taken: {', '.join(RESERVED)}.", "give it another name."
             )
-    shelf = Shelf(placement or Placement(), beside)
+    placement = placement or Placement()
+    placement.check_names(("strong", "base", *experts))
+    shelf = Shelf(placement, beside)
     strong_member, base_member = shelf.member("strong", strong), shelf.member("base", base)
     made = {name: shelf.member(name, source, base=base_member) for name, source in experts.items()}
     return Members(strong_member, base_member, made, shelf.switches)
 
 
 def check_descent(members: Members, read: Callable[[Member, Tensor], Tensor], vocab_size: int) -> None:
-    """Warns about each expert that was not tuned from the base, with the divergence measured between the two.
+    """Warns about each expert that was not, or may not have been, tuned from the base.
+
+    The warning holds the divergence measured between the two.
 
     read    (member, token ids [batch, time]) -> logits [batch, time, vocab]
     """
     base = members.base
     for name, expert in members.experts.items():
-        if expert.model is base.model:
-            continue
-        cosine = descent.weight_cosine(expert.model, base.model)
-        if cosine is not None and cosine > descent.UNRELATED_COSINE:
+        why = _why_no_descendant(expert, base)
+        if not why:
             continue
         ids = descent.probe_ids(vocab_size)[:, : min(base.context or 10**9, expert.context or 10**9)]
         kl = descent.mean_kl_nats(read(expert, ids), read(base, ids))
-        why = "its weights have other shapes" if cosine is None else f"the cosine of their weights is {cosine:.2f}"
         warnings.warn(
-            f"expert '{name}' does not descend from the base: {why}, and KL(expert || base) is {kl:.2f} nats per token "
-            "on fixed token sequences. Its delta then holds more than what tuning taught. Fix: pass the model that it "
-            "was tuned from as base.",
+            f"expert '{name}' {why}, and KL(expert || base) is {kl:.2f} nats per token on fixed token sequences. Its "
+            "delta then holds more than what tuning taught. Fix: pass the model that it was tuned from as base.",
             TrimtabWarning,
             stacklevel=3,
         )
+
+
+def _why_no_descendant(expert: Member, base: Member) -> str:
+    """What speaks against an expert having been tuned from the base; empty when nothing does."""
+    if expert.model is base.model:
+        return f"may not descend from the base: {expert.doubt}" if expert.doubt else ""
+    cosine = descent.weight_cosine(expert.model, base.model)
+    if cosine is not None and cosine > descent.UNRELATED_COSINE:
+        return ""
+    why = "its weights have other shapes" if cosine is None else f"the cosine of their weights is {cosine:.2f}"
+    return f"does not descend from the base: {why}"
+
+
+def _doubt(recorded: str | None, located: Path | None, base: Member) -> str:
+    """Why the base may not be the model that an adapter was trained on; empty when it is, as far as can be told.
+
+    recorded   what the adapter names, a path or a hub id
+    located    the directory of that model, if it is here: then weights are compared, and otherwise names
+    """
+    if located is not None:
+        # A base that was opened from a directory was compared file by file already.
+        if base.directory is not None or _holds(located, base.model):
+            return ""
+        return f"it is an adapter of '{recorded}', whose weights are not those of the loaded base"
+    names = {base.model.config.name_or_path or ""} | ({base.reference.where} if base.reference is not None else set())
+    if recorded and recorded in names:
+        return ""
+    named = " or ".join(f"'{name}'" for name in sorted(names - {""})) or "a model without a name"
+    what = f"it is an adapter of '{recorded}', which is not here" if recorded else "the adapter names no base"
+    return f"{what} and cannot be compared with {named}"
 
 
 @contextlib.contextmanager
@@ -306,7 +359,8 @@ def _holds(directory: Path, model: nn.Module) -> bool:
     """Whether the safetensors of a directory hold this model's weights: the first numbers of every tensor agree."""
     from safetensors import safe_open
 
-    ours = model.state_dict()
+    # Where adapters sit, peft has put the model's own layer one level down.
+    ours = {re.sub(r"\.(base_layer|original_module)\b", "", key): value for key, value in model.state_dict().items()}
     seen = 0
     for file in references.weight_files(directory):
         with safe_open(str(file), framework="pt") as tensors:
