@@ -140,7 +140,7 @@ def _belongs(path: str, name: str) -> bool:
 
 
 def _count_lines(path: Path) -> int:
-    return sum(1 for _ in path.open()) if path.exists() else 0
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 def show(result: dict[str, Any]) -> None:
