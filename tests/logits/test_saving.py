@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import tiny
 from fusing import PROMPTS, new_tokens
 from trimtab import FusedCausalLM, FusedConfig
-from trimtab.core.errors import BadSetting, MemberMismatch, UnreadableModel
+from trimtab.core.errors import BadSetting, MemberMismatch, UnknownName, UnreadableModel
 
 
 @pytest.fixture
@@ -168,6 +168,81 @@ def test_foreign_code_is_never_run(home):
     build(home).save_pretrained(home / "fused")
     with pytest.raises(BadSetting, match=r"trust_remote_code is set"):
         FusedCausalLM.from_pretrained(home / "fused", trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_shard_size": "1GB"}, r"(?s)max_shard_size is set, which has no meaning .*no weights.*leave it out"),
+        ({"state_dict": {"a": torch.zeros(2)}}, "state_dict is set"),
+        ({"safe_serialization": False}, "safe_serialization is set"),
+        ({"variant": "fp16"}, "variant is set"),
+        ({"push_to_hub": True}, r"(?s)push_to_hub is set.*members of this machine"),
+        ({"overwite": False}, r"(?s)knows no argument 'overwite'.*did you mean 'overwrite'"),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused_at_saving(home, options, message):
+    made = build(home)
+    with pytest.raises(BadSetting, match=message):
+        made.save_pretrained(home / "fused", **options)
+    assert not (home / "fused").exists()
+
+
+def test_saving_takes_what_transformers_passes_by_itself(home):
+    made = build(home)
+    made.save_pretrained(home / "other", is_main_process=False)
+    assert not (home / "other").exists(), "another process writes it"
+    made.save_pretrained(home / "one", is_main_process=True, safe_serialization=True, state_dict=None)
+    pipeline("text-generation", model=made, tokenizer=made.tokenizer).save_pretrained(home / "two")
+    Trainer(made, TrainingArguments(str(home / "three"), report_to=[])).save_model()
+    for name in ("one", "two", "three"):
+        assert FusedCausalLM.from_pretrained(home / name).strategy == made.strategy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strateg": "static"}, r"(?s)knows no argument 'strateg'.*Known: .*did you mean 'strategy'"),
+        ({"dtyp": torch.bfloat16}, "did you mean 'dtype'"),
+        ({"alpha": 1.0}, r"(?s)knows no argument 'alpha'.*leave it out"),
+        ({"load_in_8bit": True}, "load_in_8bit is set, which has no meaning"),
+        ({"quantization_config": {"bits": 4}}, r"(?s)quantization_config is set.*pass it to from_members"),
+        ({"revision": "v2"}, r"(?s)revision is set.*a local one"),
+        ({"local_files_only": True}, r"(?s)local_files_only is set.*HF_HUB_OFFLINE=1"),
+        ({"torch_dtype": torch.bfloat16, "dtype": torch.float32}, "both dtype and torch_dtype are given"),
+        ({"device": "cpu", "device_map": "cpu"}, "both device and device_map are given"),
+        ({"config": {"strategy": "static"}}, "config is a dict"),
+        ({"adapter_kwargs": {"subfolder": "x"}}, r"knows no argument 'adapter_kwargs\['subfolder'\]'"),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused_at_opening(home, options, message):
+    build(home).save_pretrained(home / "fused")
+    with pytest.raises(BadSetting, match=message):
+        FusedCausalLM.from_pretrained(home / "fused", **options)
+
+
+def test_what_the_auto_classes_would_lose_is_refused(home):
+    build(home).save_pretrained(home / "fused")
+    with pytest.raises(BadSetting, match="knows no argument 'strateg'"):
+        AutoModelForCausalLM.from_pretrained(home / "fused", strateg="static")
+    with pytest.raises(BadSetting, match="1 more positional arguments"):
+        AutoModelForCausalLM.from_pretrained(home / "fused", "static")
+    with pytest.raises(BadSetting, match="vocab_size is 7 in the configuration, and 84 in the directory"):
+        AutoModelForCausalLM.from_pretrained(home / "fused", vocab_size=7)  # becomes part of the configuration
+    with pytest.raises(UnknownName, match=r"(?s)no member \(in dtype\) 'stron'.*did you mean 'strong'"):
+        AutoModelForCausalLM.from_pretrained(home / "fused", dtype={"stron": torch.bfloat16})
+
+
+def test_opening_takes_what_harnesses_pass_at_its_default(home):
+    build(home).save_pretrained(home / "fused")
+    idle = {"revision": "main", "subfolder": "", "gguf_file": None, "quantization_config": None, "max_memory": None}
+    opened = AutoModelForCausalLM.from_pretrained(
+        home / "fused", trust_remote_code=False, device_map={"": "cpu"}, low_cpu_mem_usage=True, token=None, **idle
+    )
+    assert opened.config.use_cache
+    for opener in (AutoModelForCausalLM, FusedCausalLM):
+        opened = opener.from_pretrained(home / "fused", use_cache=False)
+        assert opened(torch.tensor([[5, 6]])).past_key_values is None
 
 
 def test_number_type_and_strategy_can_be_chosen_at_opening(home):

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from trimtab.core.errors import BadSetting
+from trimtab.logits import arguments, saving, vocabulary
 from trimtab.logits import members as member_loading
 from trimtab.logits import prompts as prompt_forms
-from trimtab.logits import saving, vocabulary
 from trimtab.logits.cache import FusedCache
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
@@ -106,22 +106,29 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         """Opens a fused directory; the members are loaded from where it says, and must be what they were.
 
         kwargs    dtype, device or device_map (for all members or {member: ...}), attn_implementation, strategy (another
-                  one than the directory's); what transformers' Auto classes pass along beside these has no meaning here
+                  one than the directory's), use_cache, config (of this directory; references, strategy, prompts and
+                  use_cache may be changed in it); what else transformers knows may only be passed at its default
         returns   FusedCausalLM; with output_loading_info=True also transformers' loading report
-        raises    UnreadableModel, OfflineError, MemberMismatch when a member has changed
+        raises    UnreadableModel, OfflineError, MemberMismatch when a member has changed; BadSetting for an argument
+                  without effect
         """
         directory = Path(os.fspath(directory))
-        if kwargs.get("trust_remote_code"):
-            raise BadSetting("trust_remote_code is set.", "Code of others is never run.", "leave it out.")
+        use_cache = kwargs.pop("use_cache", None)
+        arguments.check_opening(args, kwargs)
         found = saving.read_config(directory)
         # The Auto classes hand over the configuration that they have read, the caller's changes in it.
-        config = kwargs["config"] if isinstance(kwargs.get("config"), FusedConfig) else found
-        dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device", kwargs.get("device_map"))
+        config = found if kwargs.get("config") is None else kwargs["config"]
+        arguments.check_config(config, found)
+        dtype, device = (
+            next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+            for names in (("dtype", "torch_dtype"), ("device", "device_map"))
+        )
         placement = Placement(dtype, device, kwargs.get("attn_implementation"))
         strong, base, experts = saving.references_of(config)
         members = member_loading.gather(strong, base, experts, placement, beside=directory)
         strategy = kwargs.get("strategy") or config.strategy
         fused = cls._of(members, strategy, vocabulary.load_tokenizer(directory), config.prompts or {})
+        fused.config.use_cache = config.use_cache if use_cache is None else bool(use_cache)
         fused.name_or_path = fused.config.name_or_path = str(directory)
         return (fused, dict(saving.NOTHING_MISSING)) if kwargs.get("output_loading_info") else fused
 
@@ -142,13 +149,16 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         """Writes config.json (references, strategy, prompts) and the tokenizer; no weights.
 
         Paths of members that lie beside or below the directory are written relative to it. The rest of what
-        transformers' save_pretrained knows (shard sizes, pushing to the hub) has no meaning here and is refused.
+        transformers' save_pretrained knows (shard sizes, pushing to the hub) has no meaning here and is refused,
+        unless it is passed at its default; with is_main_process=False nothing is written.
 
         overwrite   False: refuse a directory that holds a fused model already
-        raises      MemberMismatch when a member lives in memory only; BadSetting for a directory of something else
+        raises      MemberMismatch when a member lives in memory only; BadSetting for a directory of something else, or
+                    for an argument without effect
         """
-        if kwargs.get("push_to_hub"):
-            raise BadSetting("push_to_hub is set.", "A fused directory names members of this machine.", "leave it out.")
+        arguments.check_saving(kwargs)
+        if kwargs.get("is_main_process") is False:  # several processes, of which another one writes
+            return
         saving.write_directory(self.config, self.members, self.tokenizer, Path(os.fspath(save_directory)), overwrite)
 
     # ---- what it is made of
