@@ -7,8 +7,8 @@ read and multiplied: zeros are numbers like others to a processor. All other mat
 The blocks keep the model's width and get their size from a wide MLP, so few of them suffice: a small model on a CPU
 spends its time reading weights, as a big one does, and not on starting many small operations.
 
-Source: function-preserving growth, Chen, Goodfellow and Shlens 2016, "Net2Net", arXiv 1511.05641, and the
-zero-initialised blocks of Wu et al. 2024, "LLaMA Pro", arXiv 2401.02415; used here to measure speed with real behaviour.
+Source: growth that preserves the function, Chen, Goodfellow and Shlens 2016, "Net2Net", arXiv 1511.05641, and the
+zero-initialised blocks of Wu et al. 2024, "LLaMA Pro", arXiv 2401.02415; here to measure speed with real behaviour.
 """
 
 import copy
@@ -126,7 +126,7 @@ def _fill_randomly_(parameter: Tensor, generator: torch.Generator) -> None:
     """Uniform numbers; long matrices repeat one stretch of them, since drawing a billion takes minutes."""
     flat = parameter.view(-1)
     stretch = torch.empty(min(flat.numel(), 1_000_003)).uniform_(-WEIGHT_BOUND, WEIGHT_BOUND, generator=generator)
-    for part in flat.split(stretch.numel()):
+    for part in torch.split(flat, stretch.numel()):
         part.copy_(stretch[: part.numel()])
 
 
