@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test lint format docs results zoo browser clean help
+.PHONY: demo test lint format docs results bench bench-full zoo browser clean help
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -39,6 +39,13 @@ results: .venv/.installed  ## measure everything again: docs/results.md, its pic
 	$(BIN)/trimtab zoo check --output docs/zoo.md --force
 	$(BIN)/trimtab results --output docs/results.md --force
 	$(BIN)/trimtab results --output docs/results.md --update-readme README.md
+
+bench: .venv/.installed  ## measure speed and memory side by side, the quick forms, each under two minutes
+	$(BIN)/python -m bench all --quick
+
+bench-full: .venv/.installed  ## the long forms on a quiet machine, then docs/performance.md (about an hour)
+	$(BIN)/python -m bench all
+	$(BIN)/python -m bench report
 
 zoo: .venv/.installed  ## make the embedded worlds and models again from seeds into runs/zoo (about an hour)
 	$(BIN)/trimtab zoo build --output runs/zoo

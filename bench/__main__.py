@@ -1,0 +1,102 @@
+"""Runs a bench and leaves its table on stdout, its JSON and plot in a folder, its progress on stderr."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench import harness
+from bench.harness import Options
+from trimtab.core.errors import InputError, TrimtabError
+
+BENCHES = ("decode", "solve", "memory")
+EXAMPLE = "python -m bench decode --quick"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed for a stated reason, 2 wrong usage."""
+    asked = _parser().parse_args(words)
+    try:
+        if asked.name == "report":
+            import_module("bench.report").write(asked.output, asked.page)
+            return 0
+        for name in BENCHES if asked.name == "all" else (asked.name,):
+            run(name, _options(asked), as_json=asked.json)
+    except TrimtabError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run(name: str, options: Options, as_json: bool = False) -> dict[str, Any]:
+    """One bench from start to end; returns the document that it wrote."""
+    if name not in BENCHES or find_spec(f"bench.{name}") is None:
+        raise InputError(f"there is no bench '{name}'.", f"Known: {', '.join(BENCHES)}.", f"for example {EXAMPLE}.")
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    findings = import_module(f"bench.{name}").measure(options, _progress(name))
+    if not findings.cases:
+        raise InputError(f"no case of bench '{name}' is called '{options.only}'.", fix="leave --only out.")
+    found = harness.document(name, findings, options)
+    # An interrupted or partial run leaves the whole one alone.
+    label = f"{name}-{options.only}" if options.only else name
+    file = harness.file_of(options.output, label, options.is_quick)
+    harness.write_json(file, found)
+    harness.plot(findings, file.with_suffix(".png"))
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        harness.show(findings)
+    print(f"written: {file} and {file.with_suffix('.png').name}", file=sys.stderr)
+    return found
+
+
+def _progress(name: str) -> harness.Progress:
+    def show(text: str) -> None:
+        line = f"bench {name}: {text}"
+        print(
+            f"\r\x1b[K{line}" if sys.stderr.isatty() else line,
+            end="" if sys.stderr.isatty() else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return show
+
+
+def _options(asked: argparse.Namespace) -> Options:
+    return Options(asked.quick, asked.output, asked.threads, asked.repeats, asked.only, asked.machine)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=f"Measure alternatives side by side, as ratios. Example: {EXAMPLE}",
+    )
+    parser.add_argument("name", choices=(*BENCHES, "all", "report"), help="which bench; report writes the page")
+    parser.add_argument("--quick", action="store_true", help="a small form, under two minutes")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the results")
+    parser.add_argument("--threads", type=_count, help="threads of torch (default: one per core)")
+    parser.add_argument("--repeats", type=_count, help="how often each arm runs (default: the bench's own)")
+    parser.add_argument("--only", default="", help="part of a case's name: other cases are left out")
+    parser.add_argument("--machine", default="", help="what to call this machine (default: its host name)")
+    parser.add_argument("--page", type=Path, default=Path("docs/performance.md"), help="where `report` writes")
+    parser.add_argument("--json", action="store_true", help="print the JSON document instead of tables")
+    return parser
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; expected at least 1")
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(main())

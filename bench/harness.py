@@ -1,0 +1,269 @@
+"""Runs alternatives interleaved and keeps every repeat: A B C A B C, so that what disturbs one disturbs all.
+
+A ratio is taken within each repeat, between runs that stood side by side; its median and quartiles are reported. A
+slow minute of the machine then moves both sides of a ratio, and a single disturbed run does not move the median.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+
+Record = Mapping[str, float]  # the figures of one run
+Arm = Callable[[int], Record]  # called with the number of the repeat; the same number means the same work for all arms
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says to every bench.
+
+    output     folder of the results
+    repeats    how often each arm runs; None: the bench's own number
+    only       part of a case's name; other cases are left out
+    """
+
+    is_quick: bool = True
+    output: Path = Path("bench/results")
+    threads: int | None = None
+    repeats: int | None = None
+    only: str = ""
+    machine: str = ""
+
+
+@dataclass
+class Case:
+    """One point at which arms stand side by side.
+
+    figure        the record's figure that the table, the plot and the ratios show, such as "tokens_per_second"
+    is_more_better  whether a larger figure is the better one
+    reference     the arm that ratios are taken against
+    settings      what was set: the coordinates of this point
+    facts         what was measured once: sizes, cost ratios
+    runs          arm -> its record of every repeat
+    left_out      arm -> why it was not run here
+    """
+
+    name: str
+    figure: str
+    unit: str
+    is_more_better: bool
+    reference: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, list[Record]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Findings:
+    """All that a bench found, and how it was set."""
+
+    title: str
+    settings: dict[str, Any]
+    cases: list[Case]
+    notes: list[str] = field(default_factory=list)
+
+
+# ---- running
+
+
+def interleave(
+    arms: Mapping[str, Arm], repeats: int, progress: Progress = lambda text: None, warm_up: bool = True
+) -> dict[str, list[Record]]:
+    """Every arm in turn, `repeats` times over.
+
+    warm_up    each arm runs once before, unrecorded, on the work of repeat 0
+    returns    arm -> its records; "seconds" is the wall time of the whole arm where the arm gives none itself
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; at least one is measured.")
+    runs: dict[str, list[Record]] = {name: [] for name in arms}
+    for repeat in range(-1 if warm_up else 0, repeats):
+        for name, arm in arms.items():
+            progress(f"{name}, {'warm-up' if repeat < 0 else f'{repeat + 1} of {repeats}'}")
+            record = _timed(arm, max(repeat, 0))
+            if repeat >= 0:
+                runs[name].append(record)
+    return runs
+
+
+def _timed(arm: Arm, repeat: int) -> Record:
+    gc.collect()  # otherwise an arm pays for what the one before it left behind
+    started = time.perf_counter()
+    record = dict(arm(repeat))
+    return {"seconds": time.perf_counter() - started} | record
+
+
+# ---- summing up
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of some repeats."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+    def text(self, digits: int = 2) -> str:
+        """For example "2.10 (2.05 – 2.20)"; a single repeat has no spread."""
+        if self.repeats == 1:
+            return f"{self.median:.{digits}f}"
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} – {self.high:.{digits}f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles; of one value, that value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], 1)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, low, high, len(values))
+
+
+def figures(case: Case, arm: str, figure: str | None = None) -> list[float]:
+    """One figure of an arm in every repeat."""
+    return [record[figure or case.figure] for record in case.runs[arm]]
+
+
+def ratios(case: Case, arm: str, reference: str | None = None, figure: str | None = None) -> list[float]:
+    """The arm's figure over the reference's, repeat by repeat."""
+    pairs = zip(figures(case, arm, figure), figures(case, reference or case.reference, figure), strict=True)
+    return [ours / theirs for ours, theirs in pairs]
+
+
+def summary(case: Case) -> dict[str, Any]:
+    """Median and quartiles of every figure of every arm, and of the ratios to the reference."""
+    return {
+        arm: {
+            "figures": {name: vars(spread(figures(case, arm, name))) for name in records[0]},
+            "ratio": vars(spread(ratios(case, arm))) if case.reference in case.runs else None,
+        }
+        for arm, records in case.runs.items()
+    }
+
+
+# ---- writing and showing
+
+
+def document(name: str, findings: Findings, options: Options) -> dict[str, Any]:
+    """The JSON of a bench: what, where, when, how, every raw repeat, and the summary."""
+    return {
+        "bench": name,
+        "title": findings.title,
+        "is_quick": options.is_quick,
+        "date": machine.now(),
+        "commit": machine.commit(),
+        "machine": machine.describe(options.machine),
+        "settings": findings.settings,
+        "notes": findings.notes,
+        "cases": [vars(case) | {"summary": summary(case)} for case in findings.cases],
+    }
+
+
+def cases_of(found: Mapping[str, Any]) -> list[Case]:
+    """The cases of a document, as they were measured."""
+    return [Case(**{key: part for key, part in case.items() if key != "summary"}) for case in found["cases"]]
+
+
+def file_of(folder: Path, name: str, is_quick: bool, ending: str = "json") -> Path:
+    """Where a bench writes: a quick run does not overwrite a long one."""
+    return folder / f"{name}{'-quick' if is_quick else ''}.{ending}"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Written beside and then renamed, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A document that `write_json` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def show(findings: Findings) -> None:
+    """One table per case on stdout."""
+    from rich.console import Console
+
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    for case in findings.cases:
+        console.print(_table(case))
+        for arm, reason in case.left_out.items():
+            console.print(f"  left out: {arm}: {reason}")
+    for note in findings.notes:
+        console.print(note)
+
+
+def _table(case: Case) -> Any:
+    from rich.table import Table
+
+    others = [name for name in next(iter(case.runs.values()))[0] if name != case.figure]
+    facts = ", ".join(f"{name} {value}" for name, value in (case.settings | case.facts).items())
+    table = Table(title=f"{case.name}: {facts}", title_justify="left")
+    table.add_column("arm")
+    table.add_column(f"{case.unit} (quartiles)", justify="right")
+    table.add_column(f"x {case.reference}", justify="right")
+    for name in others:
+        table.add_column(name.replace("_", " "), justify="right")
+    for arm in case.runs:
+        ratio = spread(ratios(case, arm)).text() if case.reference in case.runs else "–"
+        cells = [spread(figures(case, arm, name)) if _has(case, arm, name) else None for name in others]
+        table.add_row(arm, spread(figures(case, arm)).text(), ratio, *(f"{c.median:.3g}" if c else "–" for c in cells))
+    return table
+
+
+def _has(case: Case, arm: str, figure: str) -> bool:
+    return all(figure in record for record in case.runs[arm])
+
+
+INK, SOFT, LINE, OURS, THEIRS = "#1d2329", "#5d6873", "#e3e0d8", "#e08a14", "#9aa5af"
+
+
+def plot(findings: Findings, file: Path) -> None:
+    """Ratios to the reference, one panel of bars per case, with quartiles."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cases = [case for case in findings.cases if case.reference in case.runs]
+    columns = min(3, len(cases))
+    rows = -(-len(cases) // columns)
+    figure: Any = Figure(figsize=(5.2 * columns, 3.4 * rows), facecolor="white", layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel in panels:
+        panel.set_visible(False)
+    for panel, case in zip(panels, cases, strict=False):
+        panel.set_visible(True)
+        _bars(panel, case)
+    figure.suptitle(findings.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    FigureCanvasAgg(figure)
+    beside = file.with_suffix(".tmp")
+    figure.savefig(beside, dpi=110, format="png")
+    beside.replace(file)
+
+
+def _bars(panel: Any, case: Case) -> None:
+    arms = list(case.runs)[::-1]
+    spreads = [spread(ratios(case, arm)) for arm in arms]
+    errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+    colours = [OURS if arm.startswith("ours") else THEIRS for arm in arms]
+    panel.barh(arms, [s.median for s in spreads], xerr=errors, color=colours, ecolor=INK, error_kw={"elinewidth": 0.8})
+    for place, one in enumerate(spreads):
+        panel.text(one.high, place, f" {one.median:.2f}", va="center", fontsize=8, color=INK)
+    panel.axvline(1.0, color=SOFT, linewidth=0.8)
+    panel.set_title(f"{case.name}: {case.unit}, x {case.reference}", loc="left", fontsize=9, color=INK)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(LINE)
+    panel.tick_params(colors=SOFT, length=0, labelsize=8)
+    panel.margins(x=0.15)
