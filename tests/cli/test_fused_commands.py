@@ -94,6 +94,11 @@ def test_a_member_that_is_not_there_is_named(run, inline, tmp_path: Path) -> Non
     ran = run("fuse", *inline, "--expert", f"gone={tmp_path / 'gone'}", "-o", tmp_path / "made")
     assert ran.code == 2
     assert "gone" in ran.err
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "empty").mkdir()
+    assert run("fuse", *inline, "--expert", f"gone={tmp_path / 'gone'}", "-o", tmp_path / "empty").code == 2
+    assert not list((tmp_path / "empty").iterdir())
+    assert run("fuse", *inline, "-o", tmp_path / "empty").code == 0
 
 
 def test_members_may_read_prompts_of_their_own(run, inline, tmp_path: Path) -> None:

@@ -145,6 +145,33 @@ def test_nothing_else_is_overwritten(home):
     assert not [path for path in home.iterdir() if path.name.startswith(".")], "nothing is left beside it"
 
 
+def test_a_tokenizers_old_files_do_not_stay_beside_a_new_one(home):
+    tiny.make_tokenizer(chat_template=tiny.CHAT).save_pretrained(home / "strong")
+    made = build(home)
+    made.save_pretrained(home / "fused")
+    assert (home / "fused" / "chat_template.jinja").is_file()
+    made.tokenizer.chat_template = None
+    made.save_pretrained(home / "fused")
+    assert not (home / "fused" / "chat_template.jinja").exists()
+
+
+def test_a_save_that_fails_leaves_what_was_there(home, monkeypatch):
+    made = build(home)
+    made.save_pretrained(home / "fused")
+    before = {file.name: file.read_bytes() for file in (home / "fused").iterdir()}
+    made.strategy = "static"
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(made.config), "save_pretrained", full)
+    for target in (home / "fused", home / "deep" / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            made.save_pretrained(target)
+    assert {file.name: file.read_bytes() for file in (home / "fused").iterdir()} == before
+    assert {path.name for path in home.iterdir()} == {"strong", "base", "math", "facts", "fused"}
+
+
 def test_what_is_no_fused_directory_is_refused(home, tmp_path):
     with pytest.raises(UnreadableModel, match=r"is no fused directory: it holds no config.json"):
         FusedCausalLM.from_pretrained(tmp_path / "nowhere")

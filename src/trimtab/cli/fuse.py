@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     members = options.members_of(args)
     strategy = options.strategy_of(args, tuple(members["experts"]))
     options.quiet_transformers()
-    folder = output.claim_folder(args.output, args.force)
+    folder = output.check_folder(args.output, args.force)
     FusedCausalLM.from_members(**members, strategy=strategy).save_pretrained(folder)
     settings = {**{name: members[name] for name in ("strong", "base", "experts")}, "strategy": strategy.to_dict()}
     result = {"directory": str(folder), "files": sorted(file.name for file in folder.iterdir())}

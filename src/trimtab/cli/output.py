@@ -92,11 +92,17 @@ def claim_file(path: Path, force: bool) -> Path:
     return path
 
 
-def claim_folder(path: Path, force: bool) -> Path:
-    """A folder that may be written: new or empty, or --force."""
+def check_folder(path: Path, force: bool) -> Path:
+    """A folder that may be written: new or empty, or --force. It is not made, so that a failure leaves nothing."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file.", "Expected: a folder to write.", "pass another path.")
     if path.is_dir() and any(path.iterdir()) and not force:
         raise InputError(f"{path} is not empty.", "Nothing is overwritten unasked.", "pass --force, or another path.")
+    return path
+
+
+def claim_folder(path: Path, force: bool) -> Path:
+    """A folder that may be written, as `check_folder`, and made."""
+    check_folder(path, force)
     path.mkdir(parents=True, exist_ok=True)
     return path

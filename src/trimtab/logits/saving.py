@@ -1,8 +1,5 @@
-"""A fused directory: config.json with references, and the tokenizer. Written beside, then renamed; no weights."""
+"""A fused directory: config.json with references, and the tokenizer; no weights. It is put in its place at once."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,17 @@ from trimtab.core.errors import BadSetting, UnreadableModel
 from trimtab.logits import references
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.members import Members, saved_reference
+from trimtab.logits.placing import written_beside
 from trimtab.logits.prompts import PromptForm, read_form
 from trimtab.logits.references import Reference
 
+# What a fused directory consists of: the configuration, and the files of any tokenizer. They belong together, so none
+# of an earlier tokenizer's stays beside a new one's.
+WRITTEN = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
 NOTHING_MISSING: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
 
 
@@ -109,22 +114,11 @@ def write_directory(config: FusedConfig, members: Members, tokenizer: Any, targe
     written = {name: references.as_written(*pair, target).to_dict() for name, pair in found.items()}
     config.strong, config.base = written.pop("strong"), written.pop("base")
     config.experts = [{"name": name, **reference} for name, reference in written.items()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    # The directory may hold the members themselves and what users put there: all of that stays.
+    with written_beside(target, replaced=WRITTEN) as beside:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(beside))
         config.save_pretrained(str(beside))
-        beside.chmod(0o755)
-        if target.exists():
-            # The directory may hold the members themselves, so its files are replaced one by one, config.json last.
-            target.mkdir(exist_ok=True)
-            for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, target / file.name)
-        else:
-            os.replace(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
