@@ -7,7 +7,6 @@ import torch
 
 import tiny
 from fusing import PROMPTS, fuse
-from trimtab.logits.cache import FusedCache
 
 
 def filled(model, count=6):
@@ -74,7 +73,7 @@ def test_reset_empties_it():
 
 def test_a_static_cache_has_room_from_the_start():
     model = fuse(("llama", "gpt2"))
-    cache = FusedCache.static([run.model.config for run in model.reader.runs], 32)
+    cache = model.reader.new_cache(max_tokens=32)
     inputs = model.encode(PROMPTS[1])
     found = model(**inputs, past_key_values=cache).logits
     torch.testing.assert_close(found, model(**inputs).logits, atol=1e-4, rtol=1e-4)

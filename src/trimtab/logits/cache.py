@@ -5,8 +5,9 @@ Cropping, reordering for beams, repeating and selecting rows are inherited: they
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers import Cache
 
 from trimtab.logits.prompts import OwnPrompts
 
@@ -14,27 +15,21 @@ from trimtab.logits.prompts import OwnPrompts
 class FusedCache(Cache):  # type: ignore[misc]
     """The members' caches side by side.
 
-    views    one cache per member run; its layers are the very objects that `layers` shows
+    views    one cache per lane; its layers are the very objects that `layers` shows
+    runs     per view: the runs that it holds, each with a copy of the batch, run-major [len(runs) * batch]
     own      the members' own prompts, where they have any; tokens that a member has seen are then counted by itself
     """
 
-    def __init__(self, views: Sequence[Cache], own: OwnPrompts | None = None) -> None:
+    def __init__(self, views: Sequence[Cache], runs: Sequence[tuple[int, ...]], own: OwnPrompts | None = None) -> None:
         super().__init__(layers=[layer for view in views for layer in view.layers])
-        self.views = list(views)
+        self.views, self.runs = list(views), list(runs)
         self.own = own
 
-    @classmethod
-    def dynamic(cls, configs: Sequence[PreTrainedConfig], own: OwnPrompts | None = None) -> "FusedCache":
-        """Grows with the text; sliding-window members get sliding layers."""
-        return cls([DynamicCache(config=config) for config in configs], own)
-
-    @classmethod
-    def static(
-        cls, configs: Sequence[PreTrainedConfig], max_tokens: int, own: OwnPrompts | None = None
-    ) -> "FusedCache":
-        """Room for `max_tokens` tokens of the shared text from the start."""
-        extra = own.extra_tokens if own is not None else 0
-        return cls([StaticCache(config=config, max_cache_len=max_tokens + max(extra, 0)) for config in configs], own)
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, as transformers means it: -1 while nobody knows."""
+        seen = int(self.views[0].batch_size)
+        return seen // len(self.runs[0]) if seen > 0 else seen
 
     @property
     def is_compileable(self) -> bool:
@@ -46,19 +41,30 @@ class FusedCache(Cache):  # type: ignore[misc]
         seen = int(super().get_seq_length(layer_idx))
         if self.own is None or seen == 0:
             return seen
-        return seen - self.own.lengths[0] + self.own.shared_length
+        return seen - max(self.own.lengths[run] for run in self.runs[0]) + self.own.shared_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in a new order, for beam search."""
-        super().reorder_cache(beam_idx)
+        for view, runs in zip(self.views, self.runs, strict=True):
+            view.reorder_cache(_in_all_copies(view, len(runs), beam_idx))
         self.own = self.own and self.own.rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows."""
-        super().batch_select_indices(indices)
+        for view, runs in zip(self.views, self.runs, strict=True):
+            view.batch_select_indices(_in_all_copies(view, len(runs), indices))
         self.own = self.own and self.own.rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Each row `repeats` times; copies stay in their order, since they are outermost."""
         super().batch_repeat_interleave(repeats)
         self.own = self.own and self.own.repeated(repeats)
+
+
+def _in_all_copies(view: Cache, copies: int, rows: Tensor) -> Tensor:
+    """The same rows of the batch in every copy of it that a view holds."""
+    held = [layer.keys for layer in view.layers if getattr(layer, "keys", None) is not None]
+    if copies == 1 or not held:
+        return rows
+    batch = held[0].shape[0] // copies
+    return torch.cat([rows + copy * batch for copy in range(copies)])

@@ -10,8 +10,9 @@ from transformers import GenerationMixin
 
 from trimtab.core.errors import BadSetting, TrimtabWarning
 from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
+from trimtab.logits.lanes import too_long
 from trimtab.logits.prompts import empty_prompt
-from trimtab.logits.reading import BrokenLaw, Reader, too_long
+from trimtab.logits.reading import BrokenLaw, Reader
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own, where the caller names no length
 

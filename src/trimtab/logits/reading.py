@@ -1,4 +1,4 @@
-"""Runs the members on the same tokens: one forward per model and adapter, each on its own device, prompt and cache."""
+"""Runs the members on the same tokens: one forward per lane, each on its own device, prompts and cache."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.core.errors import BadSetting, ContextTooLong, NumericalError
+from trimtab.core.errors import BadSetting, NumericalError
 from trimtab.logits.cache import FusedCache
+from trimtab.logits.lanes import Feed, Lane, OneModel
 from trimtab.logits.members import Member, Members
 from trimtab.logits.prompts import OwnPrompts, PromptForm, positions_of
 
@@ -47,30 +48,12 @@ class Laws:
     experts: Float[Tensor, "expert row vocab"]
 
 
-@dataclass(frozen=True)
-class Feed:
-    """What one member reads: tokens, positions, a mask that covers the cache, too, and the width of the whole text."""
-
-    input_ids: Int[Tensor, "batch time"]
-    attention_mask: Int[Tensor, "batch all"] | None
-    position_ids: Int[Tensor, "rows time"]
-    width: int
-
-    def to(self, device: torch.device) -> dict[str, Any]:
-        """As keyword arguments for a model there."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return {
-            "input_ids": self.input_ids.to(device),
-            "attention_mask": mask,
-            "position_ids": self.position_ids.to(device),
-        }
-
-
 class Reader:
     """The members as runs: members that share model, adapter and prompt are read once.
 
-    runs      what is forwarded at each step, the strong model first
+    runs      what is read at each step, the strong model first
     run_of    for strong, base and each expert: its place in `runs`
+    lanes     the forwards that read the runs, the strong model's first
     """
 
     def __init__(self, members: Members, forms: Mapping[str, PromptForm], vocab_size: int) -> None:
@@ -81,6 +64,10 @@ class Reader:
             runs.setdefault(key, member)
         self.runs = list(runs.values())
         self.run_of = [list(runs).index(key) for key in keys]
+        self.lanes = [self._alone(place, run) for place, run in enumerate(self.runs)]
+
+    def _alone(self, place: int, run: Member) -> Lane:
+        return Lane([place], [run], OneModel(run, self._members.switch(run)))
 
     @property
     def chunk_rows(self) -> int:
@@ -88,9 +75,9 @@ class Reader:
         return max(1, CHUNK_NUMBERS // (self._vocab_size * (len(self._members.experts) + 2)))
 
     def new_cache(self, own: OwnPrompts | None = None, max_tokens: int | None = None) -> FusedCache:
-        """An empty cache; with room for `max_tokens` tokens from the start where they are given."""
-        configs = [run.model.config for run in self.runs]
-        return FusedCache.dynamic(configs, own) if max_tokens is None else FusedCache.static(configs, max_tokens, own)
+        """An empty cache; with room for `max_tokens` tokens of the shared text from the start where they are given."""
+        room = None if max_tokens is None else max_tokens + max(0, own.extra_tokens if own is not None else 0)
+        return FusedCache([lane.new_view(room) for lane in self.lanes], [lane.runs for lane in self.lanes], own)
 
     def own_prompts(self, ids: Tensor, mask: Tensor, prompt_length: int) -> OwnPrompts:
         """The runs' own prompts, from [batch, member, time]."""
@@ -120,32 +107,34 @@ class Reader:
         logits_to_keep: int | Tensor = 0,
     ) -> list[Tensor]:
         """Every run's logits, [batch, kept, rows of that member] each, on that member's device."""
-        past = cache.get_seq_length() if cache is not None else 0
-        if own is None:
-            positions = _positions(attention_mask, position_ids, input_ids, past)
-            feeds = [Feed(input_ids, attention_mask, positions, past + input_ids.shape[1])] * len(self.runs)
-        else:
-            feeds = [_own_feed(own, index, input_ids, attention_mask, past) for index in range(len(self.runs))]
-        views: Sequence[Any] = cache.views if cache is not None else [None] * len(self.runs)
-        reads = zip(self.runs, feeds, views, strict=True)
-        return [self.read(run, feed, view, logits_to_keep) for run, feed, view in reads]
+        feeds = self.feeds(input_ids, attention_mask, position_ids, cache, own)
+        logits: dict[int, Tensor] = {}
+        for lane, view in zip(self.lanes, cache.views if cache is not None else [None] * len(self.lanes), strict=True):
+            found = lane.read([feeds[run] for run in lane.runs], view, logits_to_keep)
+            logits.update(zip(lane.runs, found, strict=True))
+        return [logits[run] for run in range(len(self.runs))]
 
-    def read(self, run: Member, feed: Feed, view: Any = None, logits_to_keep: int | Tensor = 0) -> Tensor:
-        """One member's logits [batch, kept, its rows]."""
-        _check_context(run, feed)
-        switch = self._members.switch(run)
-        if switch is not None:
-            switch.select(run.adapter)
-        device = run.model.device
-        keep = logits_to_keep.to(device) if isinstance(logits_to_keep, Tensor) else logits_to_keep
-        output = run.model(**feed.to(device), past_key_values=view, use_cache=view is not None, logits_to_keep=keep)
-        return output.logits  # type: ignore[no-any-return]
+    def feeds(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: FusedCache | None = None,
+        own: OwnPrompts | None = None,
+    ) -> list[Feed]:
+        """What every run reads when these tokens come in: its own prompt, where it has one, or the shared text."""
+        past = cache.get_seq_length() if cache is not None else 0
+        if own is not None:
+            return [_own_feed(own, index, input_ids, attention_mask, past) for index in range(len(self.runs))]
+        positions = _positions(attention_mask, position_ids, input_ids, past)
+        return [Feed(input_ids, attention_mask, positions, past + input_ids.shape[1])] * len(self.runs)
 
     def read_alone(self, member: Member, input_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """One member's logits on some tokens, without padding, cache or own prompt."""
         feed = Feed(input_ids, None, _positions(None, None, input_ids, 0), input_ids.shape[1])
         with torch.no_grad():
-            return self.read(member, feed)[..., : self._vocab_size].float().cpu()
+            logits = self._alone(0, member).read([feed])[0]
+        return logits[..., : self._vocab_size].float().cpu()
 
     def laws(
         self, logits: Sequence[Tensor], end: int, is_real: Tensor | None = None
@@ -197,24 +186,6 @@ def _own_feed(own: OwnPrompts, run: int, input_ids: Tensor, mask: Tensor | None,
         after = mask[:, own.shared_length :].to(after)
     full = torch.cat([own.masks[run], after], dim=-1)
     return Feed(ids, full, positions_of(full)[:, -ids.shape[1] :], full.shape[1])
-
-
-def _check_context(run: Member, feed: Feed) -> None:
-    # Padding does not count, so positions decide; they are looked at only where the padded width leaves a doubt.
-    if run.context is None or feed.width <= run.context:
-        return
-    tokens = int(feed.position_ids.max()) + 1
-    if tokens > run.context:
-        raise too_long(run.name, tokens, run.context)
-
-
-def too_long(member: str, tokens: int, limit: int) -> ContextTooLong:
-    """The error for more tokens than a member can read."""
-    return ContextTooLong(
-        f"the text has {tokens} tokens, member '{member}' can read {limit}.",
-        "All members read the whole text.",
-        f"shorten the prompt or generate less, or leave '{member}' out.",
-    )
 
 
 def kept_after_prompt(
