@@ -50,10 +50,13 @@ bench-full: .venv/.installed  ## the long forms on a quiet machine, then docs/pe
 zoo: .venv/.installed  ## make the embedded worlds and models again from seeds into runs/zoo (about an hour)
 	$(BIN)/trimtab zoo build --output runs/zoo
 
-browser:  # the page tests open a real headless Chromium
+browser: .venv/.installed  # the page tests open a real headless Chromium: the system's, or playwright's own
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
-	  { echo "The page tests need Chromium: install it with your system's package manager." >&2; exit 1; }
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
+	  $(BIN)/playwright install chromium >/dev/null || \
+	  { echo "The page tests need Chromium: none was found, and neither apt-get (as root) nor playwright could install one."; \
+	    echo "  Fix: install chromium with your system's package manager, then run make again."; exit 1; } >&2
 
 clean:  ## remove the virtual environment and what tools left behind
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

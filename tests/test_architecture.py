@@ -2,8 +2,8 @@
 
 import ast
 import importlib
-import math
 import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -25,6 +25,7 @@ ALLOWED = {
     "cli": {"core", "registry", "measure", "zoo", "logits"},
     "__main__": {"cli"},
 }
+LEAVES = ("core", "__main__")  # not in the page's table: the one imports nothing, the other only starts the commands
 PUBLIC_NAMES = {
     "FusedCausalLM",
     "FusedConfig",
@@ -87,6 +88,33 @@ def test_no_module_imports_itself_round_about() -> None:
     TopologicalSorter(graph).prepare()
 
 
+ARCHITECTURE = ROOT.parents[1] / "docs" / "architecture.md"
+
+
+def test_the_page_on_architecture_tells_who_imports_whom() -> None:
+    actual: dict[str, set[str]] = {}
+    for module in MODULES:
+        part = part_of(module)
+        actual.setdefault(part, set()).update({part_of(name) for name in imports_of(module)} - {part, ""})
+    told = {
+        part: set(re.findall(r"`(\w+)`", imports))
+        for part, imports in re.findall(r"^\| `(\w+)` \| (`.*) \|$", ARCHITECTURE.read_text(), flags=re.MULTILINE)
+        if part in ALLOWED
+    }
+    assert told == {part: imports for part, imports in actual.items() if part in ALLOWED and part not in LEAVES}
+
+
+def test_the_page_on_architecture_names_files_and_calls_that_exist() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    files = set(re.findall(r"\b((?:core|logits|zoo|measure)/[\w/]+\.py)", text))
+    assert {"core/match.py", "logits/model.py", "measure/study.py", "zoo/build.py"} <= files
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+    step = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "logits").rglob("*.py"))
+    calls = set(re.findall(r"\b((?:chooser|amount)(?:\.\w+)?)\(", text))
+    assert calls == {"chooser", "amount.alphas", "amount.law"}
+    assert [call for call in calls if f"{call}(step" not in step] == []
+
+
 def test_amounts_and_choosers_do_not_import_one_another() -> None:
     methods = [name for name in MODULES if name.startswith(("trimtab.logits.amounts.", "trimtab.logits.choosers."))]
     for name in methods:
@@ -123,10 +151,16 @@ SCRIPT = Path(sys.executable).with_name("trimtab")  # the command that the insta
 
 
 def wall_seconds_of(words: list[str]) -> float:
-    """How long one waits for the installed command."""
+    """How long one waits for the installed command, less what it stood in line for a processor behind other work."""
     started = perf_counter()
-    subprocess.run([str(SCRIPT), *words], capture_output=True, check=True)
-    return perf_counter() - started
+    with subprocess.Popen([str(SCRIPT), *words], stdout=subprocess.DEVNULL) as process:
+        if hasattr(os, "waitid"):  # the kernel's account of a process is there until the process is waited for
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        seconds = perf_counter() - started
+        account = Path(f"/proc/{process.pid}/schedstat")
+        in_line = int(account.read_text().split()[1]) / 1e9 if account.exists() else 0.0
+    assert process.returncode == 0
+    return seconds - in_line
 
 
 @pytest.mark.parametrize("line", ["import trimtab", "import trimtab.registry", "import trimtab.cli.main"])
@@ -150,10 +184,5 @@ def test_help_and_listings_import_nothing_heavy(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", QUICK_COMMANDS)
 def test_help_and_listings_answer_within_three_tenths_of_a_second(words: list[str]) -> None:
-    """The best of many: other work on the machine only ever makes a run slower."""
-    best = math.inf
-    for _ in range(20):
-        best = min(best, wall_seconds_of(words))
-        if best <= QUICK_SECONDS:
-            break
-    assert best <= QUICK_SECONDS
+    """The best of some: other work on the machine only ever makes a run slower."""
+    assert min(wall_seconds_of(words) for _ in range(5)) <= QUICK_SECONDS

@@ -1,6 +1,7 @@
 """The zoo as it ships: every file is what was built, and every model opens with its own tokenizer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,13 @@ def test_every_file_is_what_was_built_and_none_is_missing_or_left_over():
 def test_the_weights_fit_into_forty_megabytes():
     weights = [check for check in check_files() if check.path.endswith(".safetensors")]
     assert 30_000_000 < sum(check.size_bytes for check in weights) < LARGEST_SHIPPED
+
+
+def test_the_readme_says_how_large_the_zoo_is():
+    weights = sum(check.size_bytes for check in check_files() if check.path.endswith(".safetensors"))
+    folder = sum(file.stat().st_size for file in zoo.root().rglob("*") if file.is_file())
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{weights / 1e6:.1f} MB of\nbf16 weights; {folder / 2**20:.1f} MiB on disk" in readme
 
 
 @pytest.mark.parametrize("name", FULL)
