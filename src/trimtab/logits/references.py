@@ -1,20 +1,26 @@
 """Where a member lives: a directory, a `zoo:` name or a hub id, and a digest that tells whether it has changed."""
 
+import errno
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.errors import MemberMismatch, OfflineError, UnreadableModel
+from trimtab.core.errors import MemberMismatch, OfflineError, TrimtabError, UnreadableModel
 
 ZOO = "zoo:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a hub snapshot brings along: configurations, safetensors and tokenizer files. Pickles are never fetched.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+CACHE_FIXES = {  # what to do where the local cache cannot be written
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on the disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make that directory writable"),
+}
 WHOLE_BYTES = 64 * 2**20  # files up to this size are hashed whole
 SAMPLES, SAMPLE_BYTES = 256, 4096  # larger ones: their size, and this many evenly spaced pieces
 
@@ -51,7 +57,8 @@ def locate(reference: Reference, beside: Path | None = None) -> tuple[Reference,
     """The local directory of a reference, and the reference made definite: an absolute path, or a hub id with commit.
 
     beside    the directory that relative paths start from; None: the current one
-    raises    UnreadableModel when there is no such directory or repository, OfflineError when the network is needed
+    raises    UnreadableModel when there is no such directory or repository, OfflineError when the network is needed;
+              see `fetch`
     """
     if reference.is_zoo:
         from trimtab import zoo
@@ -75,23 +82,96 @@ def locate(reference: Reference, beside: Path | None = None) -> tuple[Reference,
 
 
 def fetch(reference: Reference) -> Path:
-    """The snapshot of a hub repository, from the local cache where it is already there."""
+    """The snapshot of a hub repository, from the local cache where it is already there.
+
+    raises    UnreadableModel when there is no such repository or revision, or it may not be read; OfflineError when the
+              hub cannot be reached; TrimtabError when the local cache cannot be written
+    """
     from huggingface_hub import errors, snapshot_download
 
+    # Broken connections in the middle of a download come as errors of the hub's HTTP library.
+    of_http = getattr(errors, "HTTPError", OSError)
     try:
         return Path(snapshot_download(reference.where, revision=reference.revision, allow_patterns=HUB_FILES))
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        raise UnreadableModel(
+    except (errors.HFValidationError, OSError, of_http) as error:
+        raise hub_failure(reference, error) from error
+
+
+def hub_failure(reference: Reference, error: BaseException) -> TrimtabError:
+    """What a failed download means and what to do, from the error of huggingface_hub and those that led to it."""
+    from huggingface_hub import errors
+
+    causes = list(_causes(error))
+    refusal = _refusal(reference, error)
+    if refusal is not None:
+        return refusal
+    for cause in causes:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return OfflineError(
+                f"the hub cannot give '{reference.where}' now: it answers {status}.",
+                f"The hub says: {_last_line(cause)}",
+                "try again later.",
+            )
+        if isinstance(cause, OSError) and cause.errno in CACHE_FIXES:
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            return TrimtabError(
+                f"'{reference.where}' cannot be stored in the local cache {HF_HUB_CACHE}: {cause.strerror}.",
+                "A hub repository is kept there once it was fetched.",
+                f"{CACHE_FIXES[cause.errno]}, or point HF_HOME elsewhere.",
+            )
+    is_switched_off = any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes)
+    return OfflineError(
+        f"'{reference.where}' is no directory here, and the hub cannot be asked"
+        + (": HF_HUB_OFFLINE is set." if is_switched_off else f": {_last_line(causes[-1])}"),
+        "A hub id needs the network once; after that it is read from the local cache.",
+        f"correct the path, or {'unset HF_HUB_OFFLINE and ' if is_switched_off else ''}try again with a network.",
+    )
+
+
+def _refusal(reference: Reference, error: BaseException) -> UnreadableModel | None:
+    """The hub was reached and knows no such repository, or does not hand it out; None: something else failed."""
+    from huggingface_hub import errors
+
+    says = f"The hub says: {_last_line(error)}"
+    if isinstance(error, errors.GatedRepoError):
+        return UnreadableModel(
+            f"'{reference.where}' is a gated repository, and this machine's login has no access to it.",
+            says,
+            f"ask for access at https://huggingface.co/{reference.where}, then log in with `hf auth login`.",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UnreadableModel(
+            f"'{reference.where}' has no revision '{reference.revision or 'main'}'.",
+            says,
+            "correct what follows the @.",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return UnreadableModel(
             f"'{reference.where}' is neither a directory here nor a repository on the hub.",
-            f"The hub says: {str(error).strip().splitlines()[-1]}",
-            "correct the path, the id or the revision.",
-        ) from error
-    except OSError as error:  # the hub's own errors of missing network, cache and server are all among them
-        raise OfflineError(
-            f"'{reference.where}' is no directory here, and the hub cannot be asked.",
-            "A hub id needs the network once; after that it is read from the local cache.",
-            "correct the path, or unset HF_HUB_OFFLINE and try again with a network.",
-        ) from error
+            says,
+            "correct the path or the id; for a private repository log in with `hf auth login`.",
+        )
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return UnreadableModel(
+            f"the hub does not let this machine read '{reference.where}' ({error.response.status_code}).",
+            says,
+            "log in with `hf auth login`, with a token that may read it.",
+        )
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def check_directory(directory: Path) -> None:
