@@ -13,6 +13,10 @@ from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
 from trimtab.logits.lanes import too_long
 from trimtab.logits.prompts import empty_prompt
 from trimtab.logits.reading import BrokenLaw, Reader
+from trimtab.logits.speculation import generating
+from trimtab.logits.speculation.decode import Meter
+from trimtab.logits.speculation.plan import Plan
+from trimtab.logits.speculation.report import SpeculationReport
 
 DEFAULT_NEW_TOKENS = 20  # transformers' own, where the caller names no length
 
@@ -23,15 +27,32 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
     reader: Reader
     encoder: PromptEncoder
+    last_speculation: SpeculationReport
+    _plan: Plan
+    _meter: Meter | None = None
+    _asked_plan: Plan | None = None
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, trace: bool = False, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        trace: bool = False,
+        speculate: str | int | None = None,
+        speculate_draft: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Generates as every transformers model does.
 
-        trace     return what happened at each step instead: a Trace for one row, a list of them for several
-        raises    EmptyPrompt, ContextTooLong, BrokenLaw (naming member and step)
-        warns     TrimtabWarning when a text was cut because a member's context was full
+        trace            return what happened at each step instead: a Trace for one row, a list of them for several
+        speculate        "auto", 0 or a number of drafted tokens, see `Plan`; None: what the model is set to. Greedy and
+                         sampled generation can be speculated; the law of the output is the same
+        speculate_draft  who drafts, see `trimtab.logits.speculation.draft`; None: what the model is set to
+        raises           EmptyPrompt, ContextTooLong, BrokenLaw (naming member and step); BadSetting where drafts were
+                         asked for by number and there can be none. `last_speculation` says what was done
+        warns            TrimtabWarning when a text was cut because a member's context was full
         """
+        plan = generating.asked_plan(self._plan, speculate, speculate_draft, self.expert_names)
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or inputs.numel() == 0:
             raise empty_prompt("there are no tokens to continue.")
@@ -46,10 +67,13 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         asked_end = asked.get("eos_token_id")  # may be token 0
         ends = _listed(self.generation_config.eos_token_id if asked_end is None else asked_end)
         limit = self._limit_length(inputs, kwargs, asked) if is_fresh else None
+        self._asked_plan, self.last_speculation = plan, SpeculationReport(reason=generating.OTHER_MODE)
         try:
             output = super().generate(inputs, *args, **kwargs)
         except BrokenLaw as error:
             raise error.in_generation(inputs.shape[1]) from error
+        finally:
+            self._asked_plan = None
         sequences = output if isinstance(output, Tensor) else output.sequences
         if limit is not None:
             self._warn_if_cut(sequences[:, inputs.shape[1] :], ends, *limit)
@@ -94,6 +118,29 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
             )
 
     # ---- what `generate` asks for
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy and sampled generation: by drafts where they are asked for and can be, else token by token."""
+        task = generating.Task(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs
+        )
+        plan = self._asked_plan or Plan(speculate=0)
+        reason = generating.why_not(self, plan, task)
+        if reason is None:
+            return generating.speculative_sample(self, plan, task)
+        self.last_speculation = SpeculationReport(reason=reason)
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int

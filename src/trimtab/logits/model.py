@@ -27,6 +27,7 @@ from trimtab.logits.generation import FusedGenerationMixin
 from trimtab.logits.members import Members, Placement
 from trimtab.logits.prompts import OwnPrompts, PromptForm
 from trimtab.logits.reading import Reader, kept_after_prompt
+from trimtab.logits.speculation.plan import Plan
 from trimtab.logits.strategy import Strategy, make_strategy, strategy_from_dict
 from trimtab.logits.trace import Trace, TraceStep, trace_steps
 
@@ -63,6 +64,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         self.reader = Reader(members, self.forms, config.vocab_size)
         self.encoder = PromptEncoder(tokenizer, self.member_names, self.forms, config.pad_token_id or 0)
         self.strategy = strategy
+        self._plan = Plan(config.speculate, config.speculate_draft).check(self.expert_names)
         self.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
@@ -177,6 +179,28 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
             strategy = strategy_from_dict(strategy, names)
         self._strategy = strategy.for_experts(names) if names else strategy
         self.config.strategy = self._strategy.to_dict()
+
+    @property
+    def speculate(self) -> str | int:
+        """Whether small members draft: "auto", 0 (never) or a number of tokens per draft; it can be set."""
+        return self._plan.speculate
+
+    @speculate.setter
+    def speculate(self, speculate: str | int) -> None:
+        self._set_plan(Plan(speculate, self._plan.draft))
+
+    @property
+    def speculate_draft(self) -> str:
+        """Who drafts, see `trimtab.logits.speculation.draft`; it can be set."""
+        return self._plan.draft
+
+    @speculate_draft.setter
+    def speculate_draft(self, draft: str) -> None:
+        self._set_plan(Plan(self._plan.speculate, draft))
+
+    def _set_plan(self, plan: Plan) -> None:
+        self._plan = plan.check(self.expert_names)
+        self.config.speculate, self.config.speculate_draft = plan.speculate, plan.draft
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -314,7 +338,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     def generate_text(self, prompts: Any, **kwargs: Any) -> list[str]:
         """The continuations of one or several prompts, as text; kwargs are those of `generate`."""
-        inputs = self.encode(prompts)
+        inputs: dict[str, Any] = self.encode(prompts)
         output = self.generate(**inputs, **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
@@ -345,7 +369,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
     def trace(self, prompt: Any, **kwargs: Any) -> Trace:
         """Generates after one prompt (a text, a conversation, or token ids [time]) and records every step."""
         if isinstance(prompt, Tensor):
-            inputs = {"input_ids": prompt.reshape(1, -1).to(self.device)}
+            inputs: dict[str, Any] = {"input_ids": prompt.reshape(1, -1).to(self.device)}
         else:
             inputs = self.encode(prompt)
         if inputs["input_ids"].shape[0] > 1:
@@ -390,7 +414,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
             steps += trace_steps(self.tokenizer, here, laws, fusion, self.expert_names)
         plain_ids = prompt_ids[mask.bool()].tolist()
         texts = [str(ids) if self.tokenizer is None else self.tokenizer.decode(ids) for ids in (plain_ids, new_ids)]
-        return Trace(texts[0], texts[1], self._strategy.to_dict(), list(self.expert_names), steps)
+        drafts = self.last_speculation.to_dict()
+        return Trace(texts[0], texts[1], self._strategy.to_dict(), list(self.expert_names), steps, drafts)
 
 
 def _is_real(mask: Tensor | None, new_tokens: int, logits_to_keep: int | Tensor) -> Tensor | None:

@@ -37,13 +37,17 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class Trace:
-    """One generated text, step by step. Laws are those before temperature, top-k and other processors."""
+    """One generated text, step by step. Laws are those before temperature, top-k and other processors.
+
+    speculation    what was drafted and what stood, or why nothing was drafted (`SpeculationReport.to_dict`)
+    """
 
     prompt: str
     text: str
     strategy: dict[str, Any]
     expert_names: list[str]
     steps: list[TraceStep]
+    speculation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` is the way back."""

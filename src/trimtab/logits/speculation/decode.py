@@ -1,0 +1,330 @@
+"""The rounds of speculative fusion: draft, verify, commit, until every row has ended.
+
+    round: the drafter reads the last token and its own drafts, one at a time;
+           everybody else reads the last token and the whole draft in one forward;
+           the fused law accepts, replaces the first token that does not stand, or adds a bonus;
+           everybody forgets what was not accepted.
+
+No member reads a token twice. A drafter's logits are used again for the fused law. Only where a whole draft stands has
+the drafter to read its last token before the bonus can be drawn.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trimtab.logits.reading import BrokenLaw
+from trimtab.logits.speculation import draft as drafting
+from trimtab.logits.speculation.draft import Drafter
+from trimtab.logits.speculation.length import Costs, DraftLength
+from trimtab.logits.speculation.processors import Scorer
+from trimtab.logits.speculation.ragged import RaggedReading
+from trimtab.logits.speculation.report import SpeculationReport
+from trimtab.logits.speculation.rows import Rows
+from trimtab.logits.speculation.verify import accepted, draw, residual, standing
+from trimtab.logits.strategy import Strategy
+
+
+@dataclass
+class Meter:
+    """What forwards have cost so far, per lane, and a round beside them; kept by a model from text to text."""
+
+    lanes: list[Costs]
+    beside: Costs = field(default_factory=Costs)
+
+
+@dataclass
+class Draft:
+    """A round's draft.
+
+    ids       [row, draft]
+    lengths   [row]                how many of them count; the rest is filling
+    scores    [row, draft, vocab]  what they were drawn from; None: they were looked up
+    """
+
+    ids: Int[Tensor, "row draft"]
+    lengths: Int[Tensor, " row"]
+    scores: Float[Tensor, "row draft vocab"] | None
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest draft."""
+        return self.ids.shape[1]
+
+
+@dataclass
+class Target:
+    """The fused law at some positions of every row, before and after the processors; and who weighed how much.
+
+    log_probs, scores   [row, kept, vocab]
+    weights             [expert, row, kept]
+    """
+
+    log_probs: Float[Tensor, "row kept vocab"]
+    scores: Float[Tensor, "row kept vocab"]
+    weights: Float[Tensor, "expert row kept"]
+
+    def at(self, places: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
+        """The scores at one position per row."""
+        return self.scores[torch.arange(len(places), device=places.device), places]
+
+
+class SpeculativeDecoder:
+    """Generates for one batch. Build it when every member has read the prompt.
+
+    run_of      {member: place of its run among the reader's}
+    rule        who drafts, see `draft`
+    do_sample   draw from the fused law, or take its likeliest token
+    """
+
+    def __init__(
+        self,
+        reading: RaggedReading,
+        strategy: Strategy,
+        expert_names: Sequence[str],
+        run_of: Mapping[str, int],
+        rows: Rows,
+        scorer: Scorer,
+        length: DraftLength,
+        meter: Meter,
+        rule: str,
+        do_sample: bool,
+        vocab_size: int,
+    ) -> None:
+        self._reading, self._reader = reading, reading.reader
+        self._strategy, self._names, self._run_of = strategy, tuple(expert_names), run_of
+        self._rows, self._scorer, self._length, self._meter = rows, scorer, length, meter
+        self._rule, self._do_sample, self._vocab = rule, do_sample, vocab_size
+        self._lately = torch.zeros(len(self._names))
+        self._in_forwards = 0.0
+        self.report = SpeculationReport()
+
+    def begin(self, log_probs: Float[Tensor, "row vocab"]) -> None:
+        """Draws the first token of every row from the fused law behind the prompt."""
+        law = log_probs.unsqueeze(1)
+        scores = self._scorer(law, self._rows.current, self._rows.active)
+        tokens = draw(scores[:, 0], self._do_sample).tolist()
+        pairs = [[(scores[row, 0], law[row, 0])] for row in range(len(tokens))]
+        self._commit([[token] for token in tokens], pairs, read={})
+
+    def run(self) -> None:
+        """Rounds until every row has ended."""
+        while self._rows.active:
+            start, self._in_forwards = time.perf_counter(), 0.0
+            self._round()
+            beside = time.perf_counter() - start - self._in_forwards
+            self._meter.beside.add(1, beside)
+            self.report.beside += beside
+
+    # ---- one round
+
+    def _round(self) -> None:
+        drafter = drafting.drafter_for(self._rule, self._names, self._strategy, self._lately)
+        serial = self._lanes_of(drafter)
+        length = self._draft_length(serial)
+        if length == 0:
+            serial = []
+        texts = self._rows.current
+        last = torch.stack([text[-1:] for text in texts])
+        read = dict.fromkeys(range(len(self._reader.lanes)), 0)
+        logits: dict[int, Tensor] = {}
+        draft = self._draft(drafter, serial, length, texts, last, read, logits)
+        self._read([lane for lane in read if lane not in serial], torch.cat([last, draft.ids], -1), read, logits)
+        # Where everybody has read the whole draft, the position behind it is fused with the others.
+        target = self._target(logits, draft.width + (not serial), texts, draft.ids)
+        stood = self._judge(draft, target)
+        is_whole = stood == draft.lengths
+        if serial and bool(is_whole.any()):
+            self._read(serial, draft.ids[:, -1:], read, logits)
+            target = self._with_bonus(target, logits, texts, draft)
+        tokens = self._next_tokens(draft, target, stood, is_whole)
+        self._learn(drafter, draft, target, stood)
+        new = [[*draft.ids[row, :n].tolist(), tokens[row]] for row, n in enumerate(stood.tolist())]
+        self._commit(new, self._pairs(target, new), read)
+
+    def _lanes_of(self, drafter: Drafter) -> list[int]:
+        """The lanes that read while the draft grows."""
+        runs = {self._run_of[name] for name in drafter.members}
+        return [index for index, lane in enumerate(self._reader.lanes) if runs & set(lane.runs)]
+
+    def _draft_length(self, serial: Sequence[int]) -> int:
+        rows = len(self._rows.active)
+        others = [index for index in range(len(self._reader.lanes)) if index not in serial]
+        costs = self._meter.lanes
+        verifying: Callable[[int], float] | None = None
+        if all(costs[lane].seconds for lane in others):
+            verifying = lambda tokens: math.fsum(costs[lane].of(rows * tokens) for lane in others)  # noqa: E731
+        per_draft = math.fsum(costs[lane].of(rows) for lane in serial)
+        wanted = self._length.next(per_draft, verifying, self._meter.beside.of(1))
+        return max(0, min([wanted, *self._limits()]))
+
+    def _limits(self) -> list[int]:
+        """The longest drafts that length and contexts leave room for, the token behind the draft counted."""
+        room = self._rows.room()
+        limits = [] if room is None else [room - 1]
+        contexts = [run.context for run in self._reader.runs]
+        read = self._reading.longest
+        return limits + [most - tokens - 1 for most, tokens in zip(contexts, read, strict=True) if most is not None]
+
+    def _draft(
+        self,
+        drafter: Drafter,
+        serial: Sequence[int],
+        length: int,
+        texts: Sequence[Tensor],
+        last: Tensor,
+        read: dict[int, int],
+        logits: dict[int, Tensor],
+    ) -> Draft:
+        """Lets the drafter write `length` tokens; its lanes have then read all of them but the last."""
+        rows = len(texts)
+        if length == 0:
+            nothing = last.new_zeros((rows, 0))
+            return Draft(nothing, last.new_zeros(rows), None)
+        if not drafter.members:
+            ids, lengths = drafting.lookups([text.tolist() for text in texts], length)
+            return Draft(ids.to(last), lengths.to(last.device), None)
+        ids = last.new_zeros((rows, 0))
+        scores: list[Tensor] = []
+        runs = [self._run_of[name] for name in drafter.members]
+        for _ in range(length):
+            self._read(serial, ids[:, -1:] if scores else last, read, logits)
+            law = drafter.law([self._law(run, logits[run][:, -1]) for run in runs])
+            grown = [torch.cat([text, row]) for text, row in zip(texts, ids, strict=True)]
+            scores.append(self._scorer(law.unsqueeze(1), grown, self._rows.active)[:, 0])
+            ids = torch.cat([ids, draw(scores[-1], self._do_sample).unsqueeze(-1)], dim=-1)
+        return Draft(ids, last.new_full((rows,), length), torch.stack(scores, dim=1))
+
+    def _read(self, lanes: Sequence[int], tokens: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> None:
+        """Lets lanes read tokens [row, new]; their runs' logits are added behind those of this round."""
+        for lane in lanes:
+            start = time.perf_counter()
+            found = self._reading.read(lane, tokens)
+            _finish(found[0])
+            seconds = time.perf_counter() - start
+            self._meter.lanes[lane].add(tokens.numel(), seconds)
+            self._in_forwards += seconds
+            read[lane] += tokens.shape[1]
+            runs = self._reader.lanes[lane].runs
+            for run, new in zip(runs, found, strict=True):
+                logits[run] = new if run not in logits else torch.cat([logits[run], new], dim=1)
+                self.report.calls[self._reader.runs[run].name] += 1
+                name = self._reader.runs[run].name
+                self.report.seconds[name] = self.report.seconds.get(name, 0.0) + seconds / len(runs)
+
+    def _law(self, run: int, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row vocab"]:
+        """A drafting run's law, where the strong model's stands."""
+        law = scores[:, : self._vocab].to(self._rows.texts[0].device, torch.float32).log_softmax(dim=-1)
+        if bool(law[:, 0].isnan().any()):
+            row = int(law[:, 0].isnan().nonzero()[0])
+            place = self._rows.active[row]
+            raise BrokenLaw(self._reader.runs[run].name, place, len(self._rows.texts[place]) - 1)
+        return law
+
+    # ---- the fused law
+
+    def _target(self, logits: dict[int, Tensor], kept: int, texts: Sequence[Tensor], ids: Tensor) -> Target:
+        """The fused law behind the last token and behind each drafted one: `kept` positions."""
+        log_probs, weights = self._fuse([logits[run][:, :kept] for run in range(len(self._reader.runs))])
+        return Target(log_probs, self._scorer(log_probs, texts, self._rows.active, ids), weights)
+
+    def _with_bonus(self, target: Target, logits: dict[int, Tensor], texts: Sequence[Tensor], draft: Draft) -> Target:
+        """The target with the position behind the draft, which the drafter has read by now."""
+        log_probs, weights = self._fuse([logits[run][:, -1:] for run in range(len(self._reader.runs))])
+        whole = [torch.cat([text, row]) for text, row in zip(texts, draft.ids, strict=True)]
+        scores = self._scorer(log_probs, whole, self._rows.active)
+        return Target(
+            torch.cat([target.log_probs, log_probs], dim=1),
+            torch.cat([target.scores, scores], dim=1),
+            torch.cat([target.weights, weights], dim=2),
+        )
+
+    def _fuse(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Fused log-probabilities [row, kept, vocab] and weights [expert, row, kept] from all runs' logits."""
+        rows, kept = logits[0].shape[:2]
+        laws_out, weights_out = [], []
+        try:
+            for _, laws in self._reader.laws(logits, end=kept):
+                fusion = self._strategy(laws.strong, laws.base, laws.experts)
+                laws_out.append(fusion.log_probs)
+                weights_out.append(fusion.is_chosen.float() if fusion.alpha is None else fusion.alpha.abs().float())
+        except BrokenLaw as error:
+            place = self._rows.active[error.row]
+            raise BrokenLaw(error.member, place, len(self._rows.texts[place]) - 1 + error.position) from error
+        log_probs, weights = torch.cat(laws_out), torch.cat(weights_out, dim=1)
+        return log_probs.view(rows, kept, -1), weights.view(-1, rows, kept)
+
+    def _judge(self, draft: Draft, target: Target) -> Int[Tensor, " row"]:
+        """How many drafted tokens of each row stand."""
+        if draft.width == 0:
+            return draft.lengths
+        stands = standing(draft.ids, target.scores[:, : draft.width], draft.scores, self._do_sample)
+        return accepted(stands, draft.lengths)
+
+    def _next_tokens(self, draft: Draft, target: Target, stood: Tensor, is_whole: Tensor) -> list[int]:
+        """The token behind the accepted ones: in place of the rejected one, or the bonus."""
+        scores = target.at(stood)
+        if self._do_sample and not bool(is_whole.all()):
+            at = stood.clamp_max(draft.width - 1)
+            rows = torch.arange(len(at), device=at.device)
+            proposal = None if draft.scores is None else draft.scores[rows, at]
+            replaced = residual(scores, proposal, draft.ids[rows, at])
+            scores = torch.where(is_whole.unsqueeze(-1), scores, replaced)
+        return list(draw(scores, self._do_sample).tolist())
+
+    # ---- after a round
+
+    def _learn(self, drafter: Drafter, draft: Draft, target: Target, stood: Tensor) -> None:
+        """Acceptance, weights of the experts, and the counts of the report."""
+        judged = torch.minimum(stood + 1, draft.lengths)
+        if draft.width:
+            self._length.learn(int(stood.sum()), int(judged.sum()))
+        if target.weights.shape[0]:
+            places = torch.arange(target.weights.shape[2], device=stood.device)
+            counted = (places <= stood.unsqueeze(-1)).to(target.weights)  # [row, kept]
+            mean = (target.weights * counted).sum(dim=(1, 2)) / counted.sum()
+            fade = drafting.FADE ** float(counted.sum() / counted.shape[0])
+            self._lately = fade * self._lately + (1 - fade) * mean.cpu()
+        report = self.report
+        report.rounds += 1
+        report.drafted += int(draft.lengths.sum())
+        report.accepted += int(stood.sum())
+        report.lengths[draft.width] += 1
+        if draft.width:
+            report.drafters[drafter.name] += 1
+
+    def _pairs(self, target: Target, new: Sequence[Sequence[int]]) -> list[list[tuple[Tensor, Tensor]]]:
+        """Scores and logits of the emitted tokens; nothing where nobody asked."""
+        if self._rows.scores is None:
+            return []
+        return [
+            [(target.scores[row, at], target.log_probs[row, at]) for at in range(len(tokens))]
+            for row, tokens in enumerate(new)
+        ]
+
+    def _commit(
+        self, new: Sequence[Sequence[int]], pairs: list[list[tuple[Tensor, Tensor]]], read: dict[int, int]
+    ) -> None:
+        """Emits tokens; everybody forgets what was read beyond them, and rows that ended are left behind."""
+        places, before = list(self._rows.active), [len(text) for text in self._rows.current]
+        going = self._rows.emit(new, pairs)
+        emitted = [len(self._rows.texts[place]) - length for place, length in zip(places, before, strict=True)]
+        self.report.emitted += sum(emitted)
+        kept = going or ([0] if len(places) == 1 else [])  # a row alone leaves its cache as `generate` would
+        if not kept:
+            return
+        if len(kept) < len(places):
+            self._reading.keep_rows(torch.tensor(kept))
+        for lane, tokens in read.items():
+            self._reading.take_back(lane, torch.tensor([tokens - emitted[row] for row in kept]))
+
+
+def _finish(logits: Tensor) -> None:
+    """Waits for a forward, so that its cost can be measured; on a CPU it is over when it returns."""
+    if logits.device.type != "cpu":
+        torch.accelerator.synchronize(logits.device)

@@ -1,0 +1,99 @@
+"""Who drafts: one small member, all of them together, or the text itself.
+
+    NAME      that expert, or the base
+    lately    the expert that had most weight in the last accepted tokens
+    mixture   the average of all experts' laws
+    fused     the small models' own fused law: the strategy with the base in the strong model's place
+    prompt    no member: the text's own n-grams, looked up
+
+A drafter needs not be good to be right: the output law is the fused one whatever drafts. It decides how many tokens of
+a draft stand. Sources: Leviathan et al. 2023, arXiv 2211.17192, for a model; Saxena 2023, prompt lookup decoding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trimtab.core.errors import unknown_name
+from trimtab.logits.strategy import Strategy
+
+LATELY, MIXTURE, FUSED, PROMPT = "lately", "mixture", "fused", "prompt"
+RULES = (LATELY, MIXTURE, FUSED, PROMPT)
+FADE = 0.9  # how much of an expert's weight is remembered per accepted token
+NGRAM, LEAST_NGRAM = 4, 2  # longest and shortest ends of the text that are looked up
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Who reads while a draft grows, and the law that its tokens are drawn from.
+
+    name      as in the module's table, or the member's name
+    members   those whose logits it needs, by name
+    """
+
+    name: str
+    members: tuple[str, ...]
+    strategy: Strategy | None = None
+
+    def law(self, laws: Sequence[Float[Tensor, "row vocab"]]) -> Float[Tensor, "row vocab"]:
+        """Log-probabilities of the drafter from those of its members, in the order of `members`."""
+        if self.strategy is not None:
+            base, experts = laws[0], torch.stack(list(laws[1:]))
+            return self.strategy(base, base, experts).log_probs
+        if len(laws) == 1:
+            return laws[0]
+        return torch.stack(list(laws)).logsumexp(dim=0) - math.log(len(laws))
+
+
+def check_rule(rule: str, expert_names: Sequence[str]) -> None:
+    """Raise UnknownName unless `rule` names a rule, an expert or the base."""
+    known = (*RULES, "base", *expert_names)
+    if rule not in known:
+        raise unknown_name("drafter", rule, known)
+
+
+def drafter_for(
+    rule: str, expert_names: Sequence[str], strategy: Strategy, weights: Float[Tensor, " expert"]
+) -> Drafter:
+    """The drafter that a rule stands for now.
+
+    weights   [expert]   how much each expert weighed lately, for the rule "lately"
+    """
+    if rule == PROMPT:
+        return Drafter(PROMPT, ())
+    if not expert_names or rule == "base":
+        return Drafter("base", ("base",))
+    if rule == MIXTURE:
+        return Drafter(MIXTURE, tuple(expert_names))
+    if rule == FUSED and strategy.amount.uses_experts:
+        return Drafter(FUSED, ("base", *expert_names), strategy)
+    if rule in expert_names:
+        return Drafter(rule, (rule,))
+    heaviest = expert_names[int(weights.argmax())]
+    return Drafter(heaviest, (heaviest,))
+
+
+def lookup(ids: Sequence[int], most: int) -> list[int]:
+    """What followed the last earlier place where the text read as it does at its end; [] when it never did.
+
+    ids     the text so far
+    most    how many tokens are wanted at most
+    """
+    for size in range(min(NGRAM, len(ids) - 1), LEAST_NGRAM - 1, -1):
+        end = list(ids[-size:])
+        for start in range(len(ids) - size - 1, -1, -1):
+            if ids[start] == end[0] and list(ids[start : start + size]) == end:
+                return list(ids[start + size : start + size + most])
+    return []
+
+
+def lookups(texts: Sequence[Sequence[int]], most: int) -> tuple[Int[Tensor, "row draft"], Int[Tensor, " row"]]:
+    """Drafts of several texts, filled up with zeros, and their lengths."""
+    found = [lookup(ids, most) for ids in texts]
+    longest = max(map(len, found))
+    draft = torch.tensor([ids + [0] * (longest - len(ids)) for ids in found], dtype=torch.long)
+    return draft.view(len(found), longest), torch.tensor([len(ids) for ids in found])

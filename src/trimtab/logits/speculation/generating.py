@@ -1,0 +1,152 @@
+"""Between `generate` and the rounds: whether this generation is speculated, the prompt, and the output's form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from trimtab.logits.prompts import positions_of
+from trimtab.logits.speculation import plan as planning
+from trimtab.logits.speculation.decode import Meter, SpeculativeDecoder
+from trimtab.logits.speculation.length import Costs, DraftLength
+from trimtab.logits.speculation.plan import AUTO, Plan
+from trimtab.logits.speculation.processors import Scorer
+from trimtab.logits.speculation.ragged import RaggedReading
+from trimtab.logits.speculation.rows import Rows
+
+OTHER_MODE = "only greedy and sampled generation can be speculated, no beams and no assistant model"
+NOT_ASKED = "speculate is 0"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What transformers' `generate` hands to its greedy and sampling loop."""
+
+    input_ids: Int[Tensor, "row time"]
+    processors: Any
+    stopping: Any
+    config: Any
+    synced: bool
+    streamer: Any
+    model_kwargs: dict[str, Any]
+
+    @property
+    def cache(self) -> Any:
+        """The members' caches; None where there are none."""
+        return self.model_kwargs.get("past_key_values")
+
+    @property
+    def past(self) -> int:
+        """Tokens that the cache holds already."""
+        return 0 if self.cache is None else int(self.cache.get_seq_length())
+
+
+def asked_plan(default: Plan, speculate: str | int | None, draft: str | None, expert_names: Sequence[str]) -> Plan:
+    """The plan of one call: the model's own, with what the call changes; raises as `Plan.check`."""
+    if speculate is None and draft is None:
+        return default
+    chosen = default.speculate if speculate is None else speculate
+    return Plan(chosen, default.draft if draft is None else draft).check(expert_names)
+
+
+def why_not(model: Any, plan: Plan, task: Task) -> str | None:
+    """Why this generation goes token by token; None when it is speculated.
+
+    raises    BadSetting where a number of drafted tokens was asked for and cannot be
+    """
+    if plan.speculate == 0:
+        return NOT_ASKED
+    reason = planning.obstacle(
+        model.strategy,
+        task.cache,
+        task.input_ids.shape[0],
+        task.processors,
+        task.streamer,
+        task.config,
+        task.synced,
+        task.past > 0,
+    ) or _own_positions(task)
+    if reason is not None and plan.speculate != AUTO:
+        raise planning.refuse(reason, plan.speculate)
+    if reason is None and plan.speculate == AUTO:
+        strong, *small = model.members
+        reason = planning.small_strong(strong, small)
+    return reason
+
+
+def _own_positions(task: Task) -> str | None:
+    """Positions that the caller has thought up cannot be continued behind a draft."""
+    given, mask = task.model_kwargs.get("position_ids"), task.model_kwargs.get("attention_mask")
+    if given is None or task.cache.own is not None:
+        return None
+    kept = torch.ones_like(task.input_ids) if mask is None else mask
+    width = min(given.shape[-1], kept.shape[-1])
+    counted = positions_of(kept)[:, -width:].to(given.device)
+    is_counted = (given[..., -width:] == counted) | (kept[:, -width:] == 0).to(given.device)
+    return None if bool(is_counted.all()) else "position_ids are given that do not count the tokens"
+
+
+def speculative_sample(model: Any, plan: Plan, task: Task) -> Any:
+    """Sequences [row, time], or transformers' output object, as its own sampling loop returns them."""
+    config, cache = task.config, task.cache
+    keeps_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
+    rows = Rows(task.input_ids, task.stopping, task.streamer, keeps_scores)
+    decoder = _decoder(model, plan, task, rows)
+    decoder.run()
+    model.last_speculation = decoder.report
+    pad_id = _pad_id(config)
+    sequences = rows.finish(pad_id)
+    if not config.return_dict_in_generate:
+        return sequences
+    scores, logits = rows.laws(pad_id) if keeps_scores else (None, None)
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=scores if config.output_scores else None,
+        logits=logits if config.output_logits else None,
+        # The rows of a batch are moved about; only a text alone leaves a cache that can be gone on from.
+        past_key_values=cache if task.input_ids.shape[0] == 1 else None,
+    )
+
+
+def _decoder(model: Any, plan: Plan, task: Task, rows: Rows) -> SpeculativeDecoder:
+    """A decoder whose members have read the prompt, with the first token drawn."""
+    reader, cache = model.reader, task.cache
+    mask = task.model_kwargs.get("attention_mask")
+    new = task.input_ids[:, task.past :]
+    feeds = reader.feeds(new, mask, None, cache, cache.own)
+    masks = [
+        new.new_ones((new.shape[0], feed.width)) if feed.attention_mask is None else feed.attention_mask.long()
+        for feed in feeds
+    ]
+    output = model(new, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    # Only now: the prompt is never taken back, so that sliding layers need not keep all of it.
+    cache.activate_past_recording()
+    if model._meter is None or len(model._meter.lanes) != len(reader.lanes):
+        model._meter = Meter([Costs() for _ in reader.lanes])
+    decoder = SpeculativeDecoder(
+        RaggedReading(reader, cache, masks),
+        model.strategy,
+        model.expert_names,
+        dict(zip(model.member_names, reader.run_of, strict=True)),
+        rows,
+        Scorer(task.processors, task.input_ids.shape[0]),
+        DraftLength(plan.fixed_length),
+        model._meter,
+        plan.draft,
+        bool(task.config.do_sample),
+        model.config.vocab_size,
+    )
+    decoder.begin(output.logits[:, -1])
+    return decoder
+
+
+def _pad_id(config: Any) -> int:
+    """What fills rows that ended early: the padding token, or an end, or 0 where neither is known."""
+    for ids in (config._pad_token_tensor, config._eos_token_tensor):
+        if ids is not None:
+            return int(ids.flatten()[0])
+    return 0

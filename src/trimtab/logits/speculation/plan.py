@@ -1,0 +1,107 @@
+"""The settings of speculation, and what cannot be speculated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.core.errors import BadSetting
+from trimtab.logits.cache import FusedCache
+from trimtab.logits.members import Member
+from trimtab.logits.speculation.draft import LATELY, check_rule
+from trimtab.logits.speculation.length import LONGEST
+from trimtab.logits.speculation.processors import stateful_among
+from trimtab.logits.speculation.ragged import immovable
+from trimtab.logits.strategy import Strategy
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to speculate.
+
+    speculate   "auto": drafts of the length that pays, none where nothing pays; 0: never; N: always N tokens
+    draft       who drafts: "lately", "mixture", "fused", "prompt", "base" or an expert's name
+    """
+
+    speculate: str | int = AUTO
+    draft: str = LATELY
+
+    def check(self, expert_names: Sequence[str]) -> "Plan":
+        """This plan; raises BadSetting or UnknownName for values that mean nothing."""
+        is_count = isinstance(self.speculate, int) and not isinstance(self.speculate, bool)
+        if not (self.speculate == AUTO or (is_count and 0 <= int(self.speculate) <= LONGEST)):
+            raise BadSetting(
+                f"speculate is {self.speculate!r}.",
+                f'Expected: "auto", 0 (never) or a number of drafted tokens up to {LONGEST}.',
+                'pass speculate="auto".',
+            )
+        check_rule(self.draft, expert_names)
+        return self
+
+    @property
+    def fixed_length(self) -> int | None:
+        """Tokens per draft; None where the length adapts."""
+        return None if isinstance(self.speculate, str) else self.speculate
+
+
+def small_strong(strong: Member, small: Sequence[Member]) -> str | None:
+    """Why drafts cannot pay for these members, judged by what one token costs each; None when they may."""
+    cheapest = min((step_bytes(member) for member in small), default=0)
+    cost = step_bytes(strong)
+    if cost >= WORTH_BYTES and cost >= WORTH_RATIO * cheapest:
+        return None
+    return (
+        f"the strong model is too small for drafts to pay: a token goes through {cost / 1e6:.0f} MB of weights, in the "
+        f"smallest member through {cheapest / 1e6:.0f} MB; at least {WORTH_BYTES / 1e6:.0f} MB and {WORTH_RATIO} times "
+        "as much would be worth it"
+    )
+
+
+# Below this many bytes per token the time of a step is overhead, which a draft pays as well.
+WORTH_BYTES, WORTH_RATIO = 10_000_000, 2
+
+
+def step_bytes(member: Member) -> int:
+    """Bytes of weights that one token has to go through; what a step costs, at batch 1, on any memory-bound device."""
+    seen = {id(weight): weight.numel() * weight.element_size() for weight in member.model.parameters()}
+    return sum(seen.values())
+
+
+def obstacle(
+    strategy: Strategy,
+    cache: Any,
+    rows: int,
+    processors: Sequence[Any],
+    streamer: Any,
+    config: Any,
+    synced: bool,
+    is_resumed: bool,
+) -> str | None:
+    """Why this generation cannot be speculated; None when it can."""
+    if synced or config.is_assistant:
+        return "this model assists another one, or waits for others at every step"
+    if not isinstance(cache, FusedCache):
+        return "there is no cache (use_cache=False)"
+    for ingredient in (strategy.amount, strategy.chooser):
+        if getattr(ingredient, "looks_back", False):
+            return f"{type(ingredient).__name__} looks back at earlier steps, so that a draft would change its law"
+    if streamer is not None and rows > 1:
+        return f"{rows} rows are streamed together, but each row of a draft keeps its own length"
+    if is_resumed and rows > 1:
+        return "a batch goes on from a cache that is kept, but each row of a draft keeps its own length"
+    if config.prefill_chunk_size is not None:
+        return "prefill_chunk_size is set"
+    stateful = stateful_among(processors)
+    if stateful is not None:
+        return f"{stateful} remembers what it saw at the step before"
+    return next((why for view in cache.views if (why := immovable(view, rows))), None)
+
+
+def refuse(reason: str, speculate: str | int) -> BadSetting:
+    """The error for drafts that were asked for by number where there can be none."""
+    return BadSetting(
+        f"speculate={speculate} cannot be: {reason}.",
+        "Drafts need a pure law per position and caches that can be cropped.",
+        'pass speculate=0, or speculate="auto", which does without drafts here and says so.',
+    )

@@ -1,0 +1,106 @@
+"""The logits processors and warpers of `generate`, applied after fusion to all positions of a draft at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.generation import logits_process as known
+
+# These look at the scores alone, so that all positions can go through them together.
+POSITION_FREE = (
+    known.TemperatureLogitsWarper,
+    known.TopKLogitsWarper,
+    known.TopPLogitsWarper,
+    known.MinPLogitsWarper,
+    known.TypicalLogitsWarper,
+    known.EpsilonLogitsWarper,
+    known.EtaLogitsWarper,
+    known.SuppressTokensLogitsProcessor,
+    known.InfNanRemoveLogitsProcessor,
+    known.LogitNormalization,
+)
+# These look at the tokens before the position, each row for itself.
+ROW_WISE = (
+    known.RepetitionPenaltyLogitsProcessor,
+    known.NoRepeatNGramLogitsProcessor,
+    known.NoBadWordsLogitsProcessor,
+    known.SequenceBiasLogitsProcessor,
+    known.MinLengthLogitsProcessor,
+    known.MinNewTokensLengthLogitsProcessor,
+    known.ForcedBOSTokenLogitsProcessor,
+    known.ForcedEOSTokenLogitsProcessor,
+    known.ExponentialDecayLengthPenalty,
+    known.SuppressTokensAtBeginLogitsProcessor,
+    known.EncoderNoRepeatNGramLogitsProcessor,
+)
+# These remember what they saw at the last call, or call a model by themselves: a draft would confuse them.
+STATEFUL = tuple(
+    getattr(known, name)
+    for name in (
+        "SynthIDTextWatermarkLogitsProcessor",
+        "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+        "ClassifierFreeGuidanceLogitsProcessor",
+    )
+    if hasattr(known, name)
+)
+
+
+def stateful_among(processors: Sequence[Any]) -> str | None:
+    """The name of the first processor that cannot be asked about drafted positions; None: all can."""
+    for processor in processors:
+        if isinstance(processor, STATEFUL):
+            return type(processor).__name__
+    return None
+
+
+class Scorer:
+    """Applies the processors to fused or drafted laws.
+
+    places    [row] of the call's batch that each row stands at: some processors go by it
+    batch     rows of the call's batch
+    """
+
+    def __init__(self, processors: Any, batch: int) -> None:
+        self._processors = processors
+        self._batch = batch
+        self._is_free = all(isinstance(processor, POSITION_FREE) for processor in processors)
+        self._is_row_wise = all(isinstance(processor, (*POSITION_FREE, *ROW_WISE)) for processor in processors)
+
+    def __call__(
+        self,
+        log_probs: Float[Tensor, "row kept vocab"],
+        texts: Sequence[Int[Tensor, " time"]],
+        places: Sequence[int],
+        draft: Int[Tensor, "row draft"] | None = None,
+    ) -> Float[Tensor, "row kept vocab"]:
+        """Processed scores of the positions behind each text and each drafted token.
+
+        log_probs   [row, kept, vocab]   kept positions, the first behind `texts` and `start` drafted tokens
+        texts       per row the tokens so far, as `generate` would hand them over: left padding included
+        draft       [row, kept - 1 or more] drafted tokens; None: one position, behind the texts
+        """
+        if len(self._processors) == 0:
+            return log_probs
+        rows, kept, vocab = log_probs.shape
+        if self._is_free:
+            flat = log_probs.reshape(rows * kept, vocab).clone()
+            ids = texts[0].new_zeros((rows * kept, 1))
+            return self._processors(ids, flat).view(rows, kept, vocab)  # type: ignore[no-any-return]
+        scores = [
+            [self._at(log_probs[row, at], _text(texts[row], draft, row, at), places[row]) for at in range(kept)]
+            for row in range(rows)
+        ]
+        return torch.stack([torch.stack(row) for row in scores])
+
+    def _at(self, law: Float[Tensor, " vocab"], ids: Int[Tensor, " time"], place: int) -> Float[Tensor, " vocab"]:
+        """One position of one row. A processor that is not known to go by the row alone sees a whole batch of copies,
+        so that it finds the row where it expects it."""
+        copies = 1 if self._is_row_wise else self._batch
+        scores = self._processors(ids.expand(copies, -1), law.expand(copies, -1).clone())
+        return scores[0 if copies == 1 else place]  # type: ignore[no-any-return]
+
+
+def _text(text: Tensor, draft: Tensor | None, row: int, at: int) -> Tensor:
+    return text if draft is None or at == 0 else torch.cat([text, draft[row, :at]])

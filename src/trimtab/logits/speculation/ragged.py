@@ -1,0 +1,146 @@
+"""What every member has read of every row, when each row of a batch accepts another number of drafted tokens.
+
+All rows of a batch read the same number of tokens at a time. Afterwards each row takes back what was not accepted: its
+cached keys and values move to the right over what is taken back, so that all rows end at the same place again and the
+differences stand on the left, as padding, where masks and sliding windows know how to deal with them. One row alone is
+cropped and never moved.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from trimtab.logits.cache import FusedCache
+from trimtab.logits.lanes import Feed
+from trimtab.logits.reading import Reader
+
+MOVABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class RaggedReading:
+    """The members' caches and masks during speculation.
+
+    masks     per run [row, width]: 1 where the cache holds a token of the row
+    """
+
+    def __init__(self, reader: Reader, cache: FusedCache, masks: Sequence[Int[Tensor, "row width"]]) -> None:
+        self.reader, self.cache = reader, cache
+        self.masks = list(masks)
+        for lane in reader.lanes:  # prompts of their own may differ in width; in one lane's cache they end together
+            width = max(self.masks[run].shape[1] for run in lane.runs)
+            for run in lane.runs:
+                self.masks[run] = torch.nn.functional.pad(self.masks[run], (width - self.masks[run].shape[1], 0))
+        self._lengths = [mask.sum(dim=-1) for mask in self.masks]
+        self._padded = [bool((mask == 0).any()) for mask in self.masks]
+
+    def read(self, lane: int, tokens: Int[Tensor, "row new"], kept: int = 0) -> list[Tensor]:
+        """Lets a lane read these tokens after what it knows; the logits [row, kept, ...] of its runs; 0: all."""
+        runs = self.reader.lanes[lane].runs
+        feeds = [self._feed(run, tokens) for run in runs]
+        logits = self.reader.lanes[lane].read(feeds, self.cache.views[lane], kept)
+        for run in runs:
+            self.masks[run] = _longer(self.masks[run], tokens.shape[1])
+            self._lengths[run] = self._lengths[run] + tokens.shape[1]
+        return logits
+
+    def _feed(self, run: int, tokens: Tensor) -> Feed:
+        new = tokens.shape[1]
+        places = torch.arange(new, device=tokens.device)
+        positions = self._lengths[run].to(tokens.device).unsqueeze(-1) + places
+        mask = _longer(self.masks[run], new) if self._padded[run] else None
+        return Feed(tokens, mask, positions, self.masks[run].shape[1] + new)
+
+    def take_back(self, lane: int, counts: Int[Tensor, " row"]) -> None:
+        """Each row of a lane forgets its last `counts` [row] tokens."""
+        least = int(counts.min())
+        shift = counts - least
+        is_even = not bool(shift.any())
+        runs, view = self.reader.lanes[lane].runs, self.cache.views[lane]
+        for layer in view.layers:
+            if not is_even:
+                _move_right(layer, shift.repeat(len(runs)))
+            layer.crop(-least)
+        for run in runs:
+            self._lengths[run] = self._lengths[run] - counts.to(self._lengths[run].device)
+            if not is_even:
+                self._padded[run] = True
+                self.masks[run] = _moved_right(self.masks[run], shift)
+            self.masks[run] = self.masks[run][:, : self.masks[run].shape[1] - least]
+        self._trim(lane)
+
+    def _trim(self, lane: int) -> None:
+        """Cuts columns that are padding in every row of every run of a lane."""
+        runs = self.reader.lanes[lane].runs
+        if not any(self._padded[run] for run in runs):
+            return
+        spare = min(int(self.masks[run].shape[1] - self._lengths[run].max()) for run in runs)
+        if spare > 0:
+            for layer in self.cache.views[lane].layers:
+                _cut_left(layer, spare)
+            for run in runs:
+                self.masks[run] = self.masks[run][:, spare:]
+        for run in runs:
+            self._padded[run] = bool((self._lengths[run] < self.masks[run].shape[1]).any())
+
+    def keep_rows(self, rows: Int[Tensor, " row"]) -> None:
+        """Only these rows go on."""
+        self.cache.batch_select_indices(rows)
+        self.masks = [mask[rows.to(mask.device)] for mask in self.masks]
+        self._lengths = [lengths[rows.to(lengths.device)] for lengths in self._lengths]
+        for lane in range(len(self.reader.lanes)):
+            self._trim(lane)
+
+    @property
+    def longest(self) -> list[int]:
+        """Tokens of the longest row, per run."""
+        return [int(lengths.max()) for lengths in self._lengths]
+
+
+def immovable(view: Cache, rows: int) -> str | None:
+    """Why a cache cannot take tokens back; None when it can."""
+    for layer in view.layers:
+        kind = type(layer)
+        if kind not in MOVABLE and (rows > 1 or not getattr(layer, "is_croppable", False)):
+            return f"a cache layer of kind {kind.__name__} cannot take back tokens that were not accepted"
+    return None
+
+
+def _longer(mask: Tensor, new: int) -> Tensor:
+    return torch.cat([mask, mask.new_ones(mask.shape[0], new)], dim=-1)
+
+
+def _places(width: int, shift: Tensor) -> Tensor:
+    """For each row the columns from which a move to the right by `shift` reads; [row, width]."""
+    return torch.arange(width, device=shift.device) - shift.unsqueeze(-1)
+
+
+def _moved_right(mask: Tensor, shift: Tensor) -> Tensor:
+    places = _places(mask.shape[1], shift.to(mask.device))
+    return mask.gather(1, places.clamp_min(0)).masked_fill(places < 0, 0)
+
+
+def _move_right(layer: DynamicLayer, shift: Tensor) -> None:
+    """Moves each row's keys and values right; what comes in on the left is padding."""
+    if not layer.is_initialized or layer.keys.numel() == 0:
+        return
+    places = _places(layer.keys.shape[-2], shift.to(layer.keys.device)).clamp_min(0)[:, None, :, None]
+    layer.keys = layer.keys.gather(2, places.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[-1]))
+    layer.values = layer.values.gather(2, places.expand(-1, layer.values.shape[1], -1, layer.values.shape[-1]))
+
+
+def _cut_left(layer: DynamicLayer, spare: int) -> None:
+    """Forgets the first `spare` tokens, which are padding in every row."""
+    if not layer.is_initialized:
+        return
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        # It holds the end of the text only, and counts the text by itself.
+        layer.cumulative_length -= spare
+        kept = min(layer.keys.shape[-2], layer.cumulative_length)
+    else:
+        kept = layer.keys.shape[-2] - spare
+    layer.keys = layer.keys[..., layer.keys.shape[-2] - kept :, :]
+    layer.values = layer.values[..., layer.values.shape[-2] - kept :, :]

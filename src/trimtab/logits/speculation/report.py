@@ -1,0 +1,58 @@
+"""What speculation did in one generation: how much was drafted, how much of it stood, and what it cost."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SpeculationReport:
+    """Counts over all rows of one generation.
+
+    reason      why nothing was drafted; None when speculation was on
+    rounds      readings by the strong model, the prompt's not counted
+    drafted     tokens that were drafted and judged by the fused law, or dropped with a rejected one before them
+    accepted    drafted tokens that stood
+    emitted     tokens generated
+    lengths     {length of the draft: rounds}
+    drafters    {who drafted: rounds}
+    calls       {member: forwards}, the prompt's not counted; members read together count once each
+    seconds     {member: seconds in its forwards}, shared evenly by members that are read together
+    beside      seconds spent outside the members' forwards
+    """
+
+    reason: str | None = None
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    drafters: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    beside: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the speculative decoder ran."""
+        return self.reason is None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted tokens that stood; None where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        """Tokens generated per reading of the strong model and row; None before the first round."""
+        return self.emitted / self.rounds if self.rounds else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        if not self.is_on:
+            return {"on": False, "reason": self.reason}
+        plain = {name: getattr(self, name) for name in ("rounds", "drafted", "accepted", "emitted")}
+        shares = {"acceptance": self.acceptance, "tokens_per_round": self.tokens_per_round}
+        tables = {"lengths": {str(n): rounds for n, rounds in sorted(self.lengths.items())}}
+        tables |= {"drafters": dict(self.drafters), "calls": dict(self.calls)}
+        return {"on": True} | plain | shares | tables

@@ -1,0 +1,97 @@
+"""The texts of a batch while they grow: each row keeps its own length, ends by itself, and may be streamed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+
+class Rows:
+    """What was emitted for each row of the call, and which rows still go on.
+
+    texts     per row of the call: prompt (with its padding) and what was emitted, [time]
+    active    the rows that go on, as places in `texts`, in the order of the members' caches
+    """
+
+    def __init__(
+        self, prompts: Int[Tensor, "row time"], stopping: Sequence[Any], streamer: Any, keeps_scores: bool
+    ) -> None:
+        self.texts = list(prompts)
+        self.active = list(range(len(prompts)))
+        self.scores: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in prompts] if keeps_scores else None
+        self._prompt_length = prompts.shape[1]
+        self._streamer = streamer
+        self._ends = {int(i) for c in stopping if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
+        limits = [criteria.max_length for criteria in stopping if isinstance(criteria, MaxLengthCriteria)]
+        self._max_length = min(limits, default=None)
+        # Everything else is asked after each token, as `generate` does.
+        self._others = [c for c in stopping if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
+
+    @property
+    def current(self) -> list[Int[Tensor, " time"]]:
+        """The texts of the rows that go on."""
+        return [self.texts[place] for place in self.active]
+
+    def room(self) -> int | None:
+        """Tokens that the row with most room may still emit; None: no limit is known."""
+        if self._max_length is None:
+            return None
+        return int(self._max_length) - min(len(text) for text in self.current)
+
+    def emit(self, tokens: Sequence[Sequence[int]], laws: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[int]:
+        """Appends each active row's new tokens up to where it ends.
+
+        tokens    per active row
+        laws      per active row and token its scores and logits; empty where nobody asked for them
+        returns   which of the active rows go on, as places among them
+        """
+        going = []
+        for at, place in enumerate(self.active):
+            is_done = self._extend(place, tokens[at], laws[at] if self.scores is not None else ())
+            if not is_done:
+                going.append(at)
+        self.active = [self.active[at] for at in going]
+        return going
+
+    def _extend(self, place: int, tokens: Sequence[int], laws: Sequence[tuple[Tensor, Tensor]]) -> bool:
+        """Appends tokens to one row until it ends; whether it did."""
+        text, count, is_done = self.texts[place], 0, False
+        new = text.new_tensor(tokens)
+        for count, token in enumerate(tokens, start=1):
+            so_far = torch.cat([text, new[:count]]) if self._others else None
+            is_done = self._is_done(token, len(text) + count, so_far)
+            if self._streamer is not None:
+                self._streamer.put(new[count - 1 : count].cpu())
+            if is_done:
+                break
+        self.texts[place] = torch.cat([text, new[:count]])
+        if self.scores is not None:
+            self.scores[place] += list(laws[:count])
+        return is_done
+
+    def _is_done(self, token: int, length: int, text: Tensor | None) -> bool:
+        if token in self._ends or (self._max_length is not None and length >= self._max_length):
+            return True
+        return text is not None and any(bool(criteria(text.unsqueeze(0), None).any()) for criteria in self._others)
+
+    def finish(self, pad_id: int) -> Int[Tensor, "row time"]:
+        """All texts, filled up with padding on the right."""
+        if self._streamer is not None:
+            self._streamer.end()
+        longest = max(len(text) for text in self.texts)
+        padded = [torch.cat([text, text.new_full((longest - len(text),), pad_id)]) for text in self.texts]
+        return torch.stack(padded)
+
+    def laws(self, pad_id: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Scores and logits of every step, [row, vocab] each; where a row has ended, the padding is certain."""
+        assert self.scores is not None
+        steps = max(len(row) for row in self.scores)
+        some = next(law for row in self.scores for law, _ in row)
+        ended = torch.full_like(some, -torch.inf)
+        ended[pad_id] = 0.0
+        filled = [row + [(ended, ended)] * (steps - len(row)) for row in self.scores]
+        scores, logits = (tuple(torch.stack([row[s][i] for row in filled]) for s in range(steps)) for i in (0, 1))
+        return scores, logits
