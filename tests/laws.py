@@ -84,17 +84,39 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def objective(strong: Tensor, base: Tensor, expert: Tensor, alpha: Tensor) -> Tensor:
-    """The paper's J at alpha [row], straight from its equation; all laws [row, vocab] and finite."""
+def targets_of(base: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
+    """How far tuning moved the small model: KL(Q_1 || Q) and KL(Q || Q_1), [row] each."""
+    return kl(expert, base), kl(base, expert)
+
+
+def objective(
+    strong: Tensor, base: Tensor, expert: Tensor, alpha: Tensor, targets: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The paper's J at alpha [row], straight from its equation; all laws [row, vocab] and finite.
+
+    targets   `targets_of(base, expert)`, for callers that ask for many alphas
+    """
+    forward, reverse = targets_of(base, expert) if targets is None else targets
     fused = (strong + alpha.unsqueeze(-1) * (expert - base)).log_softmax(-1)
-    return (kl(fused, strong) - kl(expert, base)) ** 2 + (kl(strong, fused) - kl(base, expert)) ** 2
+    return (kl(fused, strong) - forward) ** 2 + (kl(strong, fused) - reverse) ** 2
+
+
+def rises_nearby(strong: Tensor, base: Tensor, expert: Tensor, alpha: Tensor, best: Tensor) -> Tensor:
+    """Whether J rises measurably, beyond the rounding of J itself, within 1e-5 of its minimum, which may be an end."""
+    targets = targets_of(base, expert)
+    scale = targets[0] ** 2 + targets[1] ** 2
+    beside = [
+        objective(strong, base, expert, (alpha + s * 1e-5).clamp(0, ALPHA_MAX), targets).sub(best) for s in (-1, 1)
+    ]
+    return (torch.stack(beside).amax(0) > 1e-11 * scale) & (scale > 1e-10)
 
 
 def scan(strong: Tensor, base: Tensor, expert: Tensor, points: int = 1001) -> tuple[Tensor, Tensor, Tensor]:
     """The truth: best alpha, J there, and the number of local minima, from a dense scan and three zooms into each of
     the three lowest of them."""
+    targets = targets_of(base, expert)
     grid = torch.linspace(0, ALPHA_MAX, points, dtype=strong.dtype)
-    values = torch.stack([objective(strong, base, expert, a.expand(len(strong))) for a in grid], 1)
+    values = torch.stack([objective(strong, base, expert, a.expand(len(strong)), targets) for a in grid], 1)
     around = pad(values, (1, 1), value=torch.inf)
     is_minimum = (values <= around[:, :-2]) & (values <= around[:, 2:])
     lowest = torch.where(is_minimum, values, torch.inf).topk(3, largest=False)
@@ -103,7 +125,7 @@ def scan(strong: Tensor, base: Tensor, expert: Tensor, points: int = 1001) -> tu
         alpha, width = grid[start], ALPHA_MAX / (points - 1)
         for _ in range(3):
             near = (alpha + width * torch.linspace(-1, 1, 31, dtype=strong.dtype).unsqueeze(1)).clamp(0, ALPHA_MAX)
-            best = torch.stack([objective(strong, base, expert, a) for a in near]).min(0)
+            best = torch.stack([objective(strong, base, expert, a, targets) for a in near]).min(0)
             alpha, width = near.gather(0, best.indices.unsqueeze(0)).squeeze(0), width / 15
         found.append((alpha, best.values))
     alphas, objectives = (torch.stack(x) for x in zip(*found, strict=True))
