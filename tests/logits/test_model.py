@@ -74,6 +74,15 @@ def test_labels_give_the_mean_negative_log_likelihood(fused):
     assert fused(ids, labels=labels, return_dict=False)[0] == output.loss
 
 
+def test_logits_and_loss_carry_no_gradient(fused):
+    ids = fused.encode(PROMPTS[0])["input_ids"]
+    assert any(parameter.requires_grad for parameter in fused.parameters())
+    with torch.enable_grad():
+        output = fused(ids, labels=ids)
+    assert not output.logits.requires_grad
+    assert not output.loss.requires_grad
+
+
 def test_chunks_of_rows_change_nothing(fused, monkeypatch):
     inputs = fused.encode(PROMPTS)
     real = inputs["attention_mask"].bool()
