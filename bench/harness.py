@@ -17,7 +17,8 @@ from typing import Any
 from bench import machine
 
 Record = Mapping[str, float]  # the figures of one run
-Arm = Callable[[int], Record]  # called with the number of the repeat; the same number means the same work for all arms
+WARM_UP = -1
+Arm = Callable[[int], Record]  # called with the number of the repeat, or WARM_UP; the same number means the same work
 Progress = Callable[[str], None]
 
 
@@ -45,6 +46,7 @@ class Case:
     figure        the record's figure that the table, the plot and the ratios show, such as "tokens_per_second"
     is_more_better  whether a larger figure is the better one
     reference     the arm that ratios are taken against
+    beside        further figures of the records that the table shows
     settings      what was set: the coordinates of this point
     facts         what was measured once: sizes, cost ratios
     runs          arm -> its record of every repeat
@@ -56,6 +58,7 @@ class Case:
     unit: str
     is_more_better: bool
     reference: str
+    beside: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, list[Record]] = field(default_factory=dict)
@@ -80,16 +83,16 @@ def interleave(
 ) -> dict[str, list[Record]]:
     """Every arm in turn, `repeats` times over.
 
-    warm_up    each arm runs once before, unrecorded, on the work of repeat 0
+    warm_up    each arm runs once before, unrecorded, called with WARM_UP
     returns    arm -> its records; "seconds" is the wall time of the whole arm where the arm gives none itself
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; at least one is measured.")
     runs: dict[str, list[Record]] = {name: [] for name in arms}
-    for repeat in range(-1 if warm_up else 0, repeats):
+    for repeat in range(WARM_UP if warm_up else 0, repeats):
         for name, arm in arms.items():
             progress(f"{name}, {'warm-up' if repeat < 0 else f'{repeat + 1} of {repeats}'}")
-            record = _timed(arm, max(repeat, 0))
+            record = _timed(arm, repeat)
             if repeat >= 0:
                 runs[name].append(record)
     return runs
@@ -171,7 +174,8 @@ def document(name: str, findings: Findings, options: Options) -> dict[str, Any]:
 
 def cases_of(found: Mapping[str, Any]) -> list[Case]:
     """The cases of a document, as they were measured."""
-    return [Case(**{key: part for key, part in case.items() if key != "summary"}) for case in found["cases"]]
+    plain = [{key: part for key, part in case.items() if key != "summary"} for case in found["cases"]]
+    return [Case(**{**case, "beside": tuple(case["beside"])}) for case in plain]
 
 
 def file_of(folder: Path, name: str, is_quick: bool, ending: str = "json") -> Path:
@@ -199,27 +203,36 @@ def show(findings: Findings) -> None:
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
     for case in findings.cases:
+        console.print(f"\n[bold]{case.name}[/bold]  {listed(case.settings)}")
+        if case.facts:
+            console.print(f"measured: {listed(case.facts)}")
         console.print(_table(case))
         for arm, reason in case.left_out.items():
-            console.print(f"  left out: {arm}: {reason}")
+            console.print(f"left out: {arm}: {reason}")
     for note in findings.notes:
         console.print(note)
+
+
+def listed(named: Mapping[str, Any]) -> str:
+    """For example "batch 4, ratio 20"."""
+    return ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in named.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}: {part}" for name, part in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _table(case: Case) -> Any:
     from rich.table import Table
 
-    others = [name for name in next(iter(case.runs.values()))[0] if name != case.figure]
-    facts = ", ".join(f"{name} {value}" for name, value in (case.settings | case.facts).items())
-    table = Table(title=f"{case.name}: {facts}", title_justify="left")
-    table.add_column("arm")
-    table.add_column(f"{case.unit} (quartiles)", justify="right")
-    table.add_column(f"x {case.reference}", justify="right")
-    for name in others:
+    table = Table("arm")
+    for name in (f"{case.unit} (quartiles)", f"x {case.reference}", *case.beside):
         table.add_column(name.replace("_", " "), justify="right")
     for arm in case.runs:
         ratio = spread(ratios(case, arm)).text() if case.reference in case.runs else "–"
-        cells = [spread(figures(case, arm, name)) if _has(case, arm, name) else None for name in others]
+        cells = [spread(figures(case, arm, name)) if _has(case, arm, name) else None for name in case.beside]
         table.add_row(arm, spread(figures(case, arm)).text(), ratio, *(f"{c.median:.3g}" if c else "–" for c in cells))
     return table
 

@@ -10,7 +10,7 @@ import tiny
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting, MemberMismatch
 from trimtab.zoo import inflate_, load_items, resolve
-from trimtab.zoo.inflation import SILENCED, count_parameters
+from trimtab.zoo.inflation import SILENCED, count_parameters, least_parameters
 
 
 def zoo_model(name, dtype=torch.float32):
@@ -102,7 +102,8 @@ def test_bad_sizes_are_refused_and_nothing_is_changed():
     before = copy.deepcopy(model.config.to_dict())
     with pytest.raises(BadSetting, match=r"cannot make 1,000 parameters") as caught:
         inflate_(model, 1_000)
-    least = int(caught.value.expected.split()[-1].rstrip(".").replace(",", ""))
+    least = least_parameters(model)
+    assert f"at least {least:,}." in caught.value.expected
     with pytest.raises(BadSetting, match="blocks is 0"):
         inflate_(model, 1_000_000, blocks=0)
     assert model.config.to_dict() == before

@@ -76,18 +76,29 @@ def _has(block: nn.Module, path: str) -> bool:
     return part is not None
 
 
+def least_parameters(model: Any, blocks: int = 4) -> int:
+    """The smallest number that `inflate_` can reach with so many blocks."""
+    bare, per_column = _block_size(model)
+    return count_parameters(model) + blocks * (bare + ALIGNED * per_column)
+
+
 def _mlp_width(model: Any, parameters: int, blocks: int) -> int:
     """Width of the new blocks' MLPs, so that the whole model has about this many parameters."""
-    present, one, two = count_parameters(model), _count_block(model, 1), _count_block(model, 2)
-    per_column, bare = two - one, 2 * one - two
+    present, (bare, per_column) = count_parameters(model), _block_size(model)
     width = round((parameters - present - blocks * bare) / (blocks * per_column) / ALIGNED) * ALIGNED
     if width < ALIGNED:
         raise BadSetting(
             f"{blocks} more blocks cannot make {parameters:,} parameters of {present:,}.",
-            f"Expected: at least {present + blocks * (bare + ALIGNED * per_column):,}.",
+            f"Expected: at least {least_parameters(model, blocks):,}.",
             "ask for more parameters, or for fewer blocks.",
         )
     return int(width)
+
+
+def _block_size(model: Any) -> tuple[int, int]:
+    """Parameters of a new block without its MLP, and for each column of the MLP."""
+    one, two = _count_block(model, 1), _count_block(model, 2)
+    return 2 * one - two, two - one
 
 
 def _count_block(model: Any, mlp_width: int) -> int:

@@ -1,0 +1,302 @@
+"""Tokens per second of fused decoding, beside the strong model alone and beside fusion as published.
+
+Members are inflated zoo models: real behaviour on real prompts, at the cost of big models. Around one central point one
+thing at a time is varied. All arms answer the same prompts greedily; tokens are those that each of them really wrote.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from bench import members, published
+from bench.harness import WARM_UP, Arm, Case, Findings, Options, Progress, Record, interleave
+from bench.members import Meter, Spec, Stepper, Stock, Stopwatch, Trio
+from trimtab.zoo import TUNED_TASKS
+
+STRONG, ASSISTED = "strong alone", "strong assisted"
+STATIC, GRID = "static as published", "grid as published"
+OURS, SPECULATED = "ours", "ours speculated"
+CENTRE = "centre"
+WARM_UP_TOKENS = 4
+STEPS = 8  # of one measurement of a single step
+ONE_ROW_ONLY = "transformers assists a single row only"
+TOO_LONG = "left to the other points: a repeat takes minutes"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of comparison.
+
+    tasks         whose test prompts are answered, in turn
+    prompt        tokens of every prompt; None: as the items are
+    output        tokens of every answer; None: until the end of the text, at most what the task allows
+    batch         rows that are answered together
+    batches       how many such batches a repeat answers
+    drafts        fixed draft lengths that are measured beside the adaptive one
+    is_brief      without the grid and fixed drafts, for points that take long
+    """
+
+    name: str
+    spec: Spec
+    tasks: tuple[str, ...] = ("arithmetic",)
+    prompt: int | None = None
+    output: int | None = None
+    batch: int = 1
+    batches: int = 1
+    repeats: int = 3
+    drafts: tuple[int, ...] = (4,)
+    is_brief: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The coordinates, for JSON and tables."""
+        kind = "LoRA" if self.spec.is_lora else "full"
+        return {
+            "ratio": self.spec.ratio,
+            "experts": f"{len(self.spec.experts)} {kind}",
+            "tasks": ", ".join(self.tasks),
+            "batch": self.batch,
+            "prompt": self.prompt or "as it is",
+            "output": self.output or "to its end",
+            "dtype": self.spec.dtype,
+        }
+
+
+def points(is_quick: bool) -> list[Point]:
+    """The centre first, then one change at a time."""
+    if is_quick:
+        return [Point(CENTRE, Spec(600_000_000, 20))]
+    spec = Spec(1_000_000_000, 20)
+    centre = Point(CENTRE, spec, batches=2, repeats=5, drafts=(2, 4, 8))
+    vary = partial(replace, centre, batches=1, repeats=3, drafts=(4,))
+    found = [centre]
+    found += [vary(name=f"ratio {ratio}", spec=replace(spec, ratio=ratio)) for ratio in (5, 10, 50)]
+    found += [vary(name=f"batch {rows}", batch=rows) for rows in (4, 16)]
+    found += [vary(name=f"task {task}", tasks=(task,), spec=replace(spec, experts=(task,))) for task in ("summary",)]
+    for count, is_lora in ((2, False), (4, False), (1, True), (2, True), (4, True)):
+        tasks = TUNED_TASKS[:count]
+        name = f"{count} {'LoRA' if is_lora else 'full'} experts"
+        found.append(vary(name=name, tasks=tasks, batches=count, spec=replace(spec, experts=tasks, is_lora=is_lora)))
+    found += [vary(name=f"prompt {p}, output {o}", prompt=p, output=o) for p, o in ((512, 8), (8, 8))]
+    found.append(vary(name="prompt 8, output 512", prompt=8, output=512, repeats=2, is_brief=True))
+    return found
+
+
+def measure(options: Options, progress: Progress) -> Findings:
+    """All points whose name holds `options.only`, and single steps."""
+    chosen = [point for point in points(options.is_quick) if options.only in point.name]
+    chosen = [replace(point, repeats=options.repeats or point.repeats) for point in chosen]
+    return run(chosen, Stock(), options, progress)
+
+
+def run(chosen: list[Point], stock: Stock, options: Options, progress: Progress) -> Findings:
+    """Measures these points; after the centre also its single steps."""
+    cases = []
+    for point in chosen:
+        progress(f"{point.name}: making members")
+        trio = stock.trio(point.spec)
+        cases.append(generation_case(point, trio, progress))
+        if point.name == CENTRE:
+            cases += step_cases(point, stock, trio, options, progress)
+    return Findings(
+        "Fused decoding beside its alternatives", {"points": [repr(point) for point in chosen]}, cases, NOTES
+    )
+
+
+NOTES = [
+    "Members: zoo models with silent blocks on top (same logits, more cost). Strategy of 'ours': dynamic.",
+    "Tokens per strong call are counted per row and include the reading of the prompt.",
+    "Positions from 256 on were never trained: points with longer texts show cost, not natural acceptance.",
+]
+
+
+# ---- whole answers
+
+
+def generation_case(point: Point, trio: Trio, progress: Progress) -> Case:
+    """All arms of one point."""
+    work = Work(point, trio)
+    arms, left_out = arms_of(point, trio, work)
+    runs = interleave(arms, point.repeats, lambda text: progress(f"{point.name}: {text}"))
+    return Case(point.name, "tokens_per_second", "tokens/s", True, STRONG, point.settings, trio.facts, runs, left_out)
+
+
+class Work:
+    """What a repeat has to answer: encoded before the clock starts, the same for all arms."""
+
+    def __init__(self, point: Point, trio: Trio) -> None:
+        self._point, self._trio = point, trio
+        limit = point.output or members.answer_tokens(point.tasks)
+        self.limits = {"max_new_tokens": limit, "min_new_tokens": point.output or 0}
+        self._encoded: dict[int, list[dict[str, Tensor]]] = {}
+
+    def batches(self, repeat: int) -> list[dict[str, Tensor]]:
+        """Input ids and masks; another repeat answers other prompts."""
+        if repeat not in self._encoded:
+            self._encoded[repeat] = list(self._encode(max(repeat, 0)))
+        return self._encoded[repeat]
+
+    def limits_of(self, repeat: int) -> dict[str, int]:
+        """A warm-up writes a few tokens only."""
+        if repeat == WARM_UP:
+            return {name: min(limit, WARM_UP_TOKENS) for name, limit in self.limits.items()}
+        return self.limits
+
+    def _encode(self, repeat: int) -> Iterator[dict[str, Tensor]]:
+        point, device = self._point, self._point.spec.device
+        texts_of = members.prompts_of if point.prompt is None else members.long_prompts
+        for number in range(repeat * point.batches, (repeat + 1) * point.batches):
+            texts = texts_of(point.tasks, point.batch, number * point.batch)
+            yield members.encode(self._trio.tokenizer, texts, point.prompt, device)
+
+
+Write = Callable[[Mapping[str, Tensor], Mapping[str, int]], Tensor]  # inputs, limits -> ids [batch, prompt + new]
+
+
+def arms_of(point: Point, trio: Trio, work: Work) -> tuple[dict[str, Arm], dict[str, str]]:
+    """Every arm by name, and those left out with the reason."""
+    tokenizer, left_out = trio.tokenizer, {}
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+
+    def as_published(law: published.Law) -> Write:
+        experts = list(trio.experts.values())
+        return lambda inputs, limits: published.generate(trio.strong, trio.base, experts, law, inputs, **ends, **limits)
+
+    def plain(**more: Any) -> Write:
+        return lambda inputs, limits: trio.strong.generate(**inputs, **limits, do_sample=False, **more)
+
+    writers: dict[str, Write] = {STRONG: plain()}
+    if point.batch == 1:
+        writers[ASSISTED] = plain(assistant_model=trio.base)
+    else:
+        left_out[ASSISTED] = ONE_ROW_ONLY
+    writers[STATIC] = as_published(published.static_law)
+    if not point.is_brief:
+        writers[GRID] = as_published(published.grid_law)
+    else:
+        left_out[GRID] = TOO_LONG
+    arms: dict[str, Arm] = {name: _arm(write, trio, work) for name, write in writers.items()}
+    plans: dict[str, Any] = {OURS: 0, SPECULATED: "auto"}
+    if not point.is_brief:
+        plans |= {f"{SPECULATED}, {n} drafted": n for n in point.drafts}
+    arms |= {name: _fused_arm(speculate, trio, work) for name, speculate in plans.items()}
+    return arms, left_out
+
+
+def _arm(write: Write, trio: Trio, work: Work, after: Callable[[], None] = lambda: None) -> Arm:
+    """An arm that answers all batches of a repeat, with counts; `after` is called behind each batch."""
+
+    def answer(repeat: int) -> Record:
+        tokens, rows = 0, 0
+        batches, limits = work.batches(repeat), work.limits_of(repeat)
+        with Meter({"strong": [trio.strong], "small": trio.small}) as meter, Stopwatch(trio.strong.device) as watch:
+            for inputs in batches:
+                ids = write(inputs, limits)
+                after()
+                tokens += count_new(ids[:, inputs["input_ids"].shape[1] :], trio.tokenizer.eos_token_id)
+                rows = len(ids)
+        return _record(watch.seconds, tokens, rows, meter)
+
+    return answer
+
+
+def _fused_arm(speculate: str | int, trio: Trio, work: Work) -> Arm:
+    """Ours; where it speculates, also what became of the drafts."""
+    fused, reports = trio.fused, list[Any]()
+
+    def write(inputs: Mapping[str, Tensor], limits: Mapping[str, int]) -> Tensor:
+        asked: dict[str, Any] = {**inputs, **limits, "do_sample": False, "speculate": speculate}
+        ids: Tensor = fused.generate(**asked)
+        return ids
+
+    plain = _arm(write, trio, work, after=lambda: reports.append(fused.last_speculation))
+
+    def answer(repeat: int) -> Record:
+        reports.clear()
+        record = dict(plain(repeat))
+        if speculate != 0:
+            record["drafted"] = sum(report.drafted for report in reports)
+            record["accepted"] = sum(report.accepted for report in reports)
+            record["acceptance"] = record["accepted"] / max(record["drafted"], 1)
+        return record
+
+    return answer
+
+
+def _record(seconds: float, tokens: int, rows: int, meter: Meter) -> Record:
+    record = {
+        "seconds": seconds,
+        "tokens": float(tokens),
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_strong_call": tokens / rows / max(meter.calls["strong"], 1),
+        "strong_calls": float(meter.calls["strong"]),
+        "small_calls": float(meter.calls["small"]),
+    }
+    shares = {f"{group}_seconds": inside for group, inside in meter.seconds.items()}
+    return record | shares | {"other_seconds": seconds - sum(meter.seconds.values())}
+
+
+def count_new(new_ids: Tensor, eos_id: int) -> int:
+    """Tokens written, up to and including the first end of each row; `new_ids` is [batch, new]."""
+    is_end = new_ids == eos_id
+    behind = (is_end.cumsum(dim=-1) - is_end.long()) > 0
+    return int((~behind).sum())
+
+
+# ---- single steps
+
+OWN_STEPS = "members' own steps"
+STEP_REPEATS = 9
+
+
+def step_cases(point: Point, stock: Stock, trio: Trio, options: Options, progress: Progress) -> list[Case]:
+    """What fusing adds to the members' own forwards, and what more LoRA experts cost."""
+    repeats = options.repeats or STEP_REPEATS
+    progress("making members with adapters")
+    one, four = (stock.trio(replace(point.spec, experts=TUNED_TASKS[:n], is_lora=True)) for n in (1, 4))
+    return [
+        _step_case("single step", trio, point, repeats, progress),
+        _step_case("single step, 4 LoRA experts", four, point, repeats, progress),
+        _small_part_case(one, four, point, repeats, progress),
+    ]
+
+
+def _step_case(name: str, trio: Trio, point: Point, repeats: int, progress: Progress) -> Case:
+    """The fused step beside the sum of what its members take one by one, each alone."""
+    alone = [trio.strong, trio.base, *trio.experts.values()]
+
+    def own(_: int) -> Record:
+        return {"ms": 1e3 * sum(mean_seconds(Stepper(model)) for model in alone)}
+
+    arms: dict[str, Arm] = {OWN_STEPS: own, OURS: lambda _: {"ms": 1e3 * mean_seconds(Stepper(trio.fused))}}
+    runs = interleave(arms, repeats, lambda text: progress(f"{name}: {text}"))
+    return Case(name, "ms", "ms a step", False, OWN_STEPS, _step_settings(point, len(trio.experts)), trio.facts, runs)
+
+
+ONE_EXPERT, FOUR_EXPERTS = "1 LoRA expert", "4 LoRA experts"
+
+
+def _small_part_case(one: Trio, four: Trio, point: Point, repeats: int, progress: Progress) -> Case:
+    """Seconds inside the small models' forwards of a fused step: base and one adapter, base and four."""
+
+    def small_ms(trio: Trio) -> Record:
+        stepper = Stepper(trio.fused)
+        with Meter({"small": trio.small}) as meter:
+            whole = mean_seconds(stepper)
+        return {"ms": 1e3 * meter.seconds["small"] / STEPS, "whole_step_ms": 1e3 * whole}
+
+    arms: dict[str, Arm] = {ONE_EXPERT: lambda _: small_ms(one), FOUR_EXPERTS: lambda _: small_ms(four)}
+    runs = interleave(arms, repeats, lambda text: progress(f"small part: {text}"))
+    return Case("small part", "ms", "ms a step", False, ONE_EXPERT, _step_settings(point, 4), four.facts, runs)
+
+
+def mean_seconds(stepper: Stepper) -> float:
+    """Of one step, over a few steps in a row."""
+    return sum(stepper.seconds() for _ in range(STEPS)) / STEPS
+
+
+def _step_settings(point: Point, experts: int) -> dict[str, Any]:
+    return {"ratio": point.spec.ratio, "experts": experts, "batch": 1, "dtype": point.spec.dtype}
