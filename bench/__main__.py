@@ -37,7 +37,9 @@ def run(name: str, options: Options, as_json: bool = False) -> dict[str, Any]:
     if name not in BENCHES or find_spec(f"bench.{name}") is None:
         raise InputError(f"there is no bench '{name}'.", f"Known: {', '.join(BENCHES)}.", f"for example {EXAMPLE}.")
     import torch
+    import transformers
 
+    transformers.logging.set_verbosity_error()  # its remarks on settings would drown the progress
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     findings = import_module(f"bench.{name}").measure(options, _progress(name))
@@ -58,14 +60,16 @@ def run(name: str, options: Options, as_json: bool = False) -> dict[str, Any]:
 
 
 def _progress(name: str) -> harness.Progress:
+    """One line that is written over on a terminal; elsewhere one line per case."""
+    shown = [""]
+
     def show(text: str) -> None:
-        line = f"bench {name}: {text}"
-        print(
-            f"\r\x1b[K{line}" if sys.stderr.isatty() else line,
-            end="" if sys.stderr.isatty() else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        case = text.partition(":")[0]
+        if sys.stderr.isatty():
+            print(f"\r\x1b[Kbench {name}: {text}", end="", file=sys.stderr, flush=True)
+        elif case != shown[0]:
+            print(f"bench {name}: {case}", file=sys.stderr, flush=True)
+        shown[0] = case
 
     return show
 

@@ -121,7 +121,11 @@ def generation_case(point: Point, trio: Trio, progress: Progress) -> Case:
     work = Work(point, trio)
     arms, left_out = arms_of(point, trio, work)
     runs = interleave(arms, point.repeats, lambda text: progress(f"{point.name}: {text}"))
-    return Case(point.name, "tokens_per_second", "tokens/s", True, STRONG, point.settings, trio.facts, runs, left_out)
+    about = (point.settings, trio.facts, runs, left_out)
+    return Case(point.name, "tokens_per_second", "tokens/s", True, STRONG, BESIDE, *about)
+
+
+BESIDE = ("tokens", "tokens_per_strong_call", "acceptance", "strong_seconds", "small_seconds", "other_seconds")
 
 
 class Work:
@@ -273,7 +277,8 @@ def _step_case(name: str, trio: Trio, point: Point, repeats: int, progress: Prog
 
     arms: dict[str, Arm] = {OWN_STEPS: own, OURS: lambda _: {"ms": 1e3 * mean_seconds(Stepper(trio.fused))}}
     runs = interleave(arms, repeats, lambda text: progress(f"{name}: {text}"))
-    return Case(name, "ms", "ms a step", False, OWN_STEPS, _step_settings(point, len(trio.experts)), trio.facts, runs)
+    settings = _step_settings(point, len(trio.experts))
+    return Case(name, "ms", "ms a step", False, OWN_STEPS, (), settings, trio.facts, runs)
 
 
 ONE_EXPERT, FOUR_EXPERTS = "1 LoRA expert", "4 LoRA experts"
@@ -290,7 +295,8 @@ def _small_part_case(one: Trio, four: Trio, point: Point, repeats: int, progress
 
     arms: dict[str, Arm] = {ONE_EXPERT: lambda _: small_ms(one), FOUR_EXPERTS: lambda _: small_ms(four)}
     runs = interleave(arms, repeats, lambda text: progress(f"small part: {text}"))
-    return Case("small part", "ms", "ms a step", False, ONE_EXPERT, _step_settings(point, 4), four.facts, runs)
+    about = (_step_settings(point, 4), four.facts, runs)
+    return Case("small part", "ms", "ms a step", False, ONE_EXPERT, ("whole_step_ms",), *about)
 
 
 def mean_seconds(stepper: Stepper) -> float:

@@ -7,6 +7,7 @@ weights then decides, as on accelerators. `forward_ms` in every case shows how i
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,13 +145,19 @@ def size_for(wanted: float, seconds_of: Callable[[int], float], spec: Spec) -> i
     return min(int(least + (wanted - low) / slope), spec.strong_parameters)
 
 
+def load_tokenizer() -> Any:
+    """The zoo's, for batches padded on the left and texts as long as inflated models may read."""
+    return AutoTokenizer.from_pretrained(resolve("tokenizer"), padding_side="left", model_max_length=CONTEXT)
+
+
 def small_model(name: str, parameters: int, spec: Spec) -> Any:
     """A small member of the zoo, inflated; an adapter is merged into its base first."""
     if not name.endswith("-lora"):
         return _inflated(_load(name, spec), parameters, SMALL_BLOCKS)
     import peft
 
-    with quiet_bars():
+    with quiet_bars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's remarks concern training
         merged = peft.PeftModel.from_pretrained(_load("small", spec), str(resolve(name))).merge_and_unload()
     return _inflated(merged, parameters, SMALL_BLOCKS)
 
@@ -307,7 +314,7 @@ def encode(tokenizer: Any, texts: Sequence[str], tokens: int | None = None, devi
     if tokens is None:
         found = tokenizer(list(texts), padding=True, return_tensors="pt")
         return {name: found[name].to(device) for name in ("input_ids", "attention_mask")}
-    rows = [tokenizer(text)["input_ids"][-tokens:] for text in texts]
+    rows = [tokenizer(text, verbose=False)["input_ids"][-tokens:] for text in texts]
     shortest = min(len(row) for row in rows)
     if shortest < tokens:
         raise BadSetting(f"a prompt has {shortest} tokens.", f"Expected: {tokens}.", "put more examples before it.")
