@@ -131,6 +131,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         strategy = kwargs.get("strategy") or config.strategy
         fused = cls._of(members, strategy, vocabulary.load_tokenizer(directory), config.prompts or {})
         fused.config.use_cache = config.use_cache if use_cache is None else bool(use_cache)
+        fused._set_plan(Plan(config.speculate, config.speculate_draft))
         fused.name_or_path = fused.config.name_or_path = str(directory)
         return (fused, dict(saving.NOTHING_MISSING)) if kwargs.get("output_loading_info") else fused
 

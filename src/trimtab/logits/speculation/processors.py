@@ -21,9 +21,9 @@ POSITION_FREE = (
     known.InfNanRemoveLogitsProcessor,
     known.LogitNormalization,
 )
-# These look at the tokens before the position, each row for itself.
+# These look at the tokens before the position, each row for itself. (The repetition penalty does not belong here: it
+# may hold one prompt length per row.)
 ROW_WISE = (
-    known.RepetitionPenaltyLogitsProcessor,
     known.NoRepeatNGramLogitsProcessor,
     known.NoBadWordsLogitsProcessor,
     known.SequenceBiasLogitsProcessor,
@@ -71,7 +71,7 @@ class Scorer:
     def __call__(
         self,
         log_probs: Float[Tensor, "row kept vocab"],
-        texts: Sequence[Int[Tensor, " time"]],
+        texts: Sequence[Tensor],
         places: Sequence[int],
         draft: Int[Tensor, "row draft"] | None = None,
     ) -> Float[Tensor, "row kept vocab"]:

@@ -27,7 +27,7 @@ class RaggedReading:
     masks     per run [row, width]: 1 where the cache holds a token of the row
     """
 
-    def __init__(self, reader: Reader, cache: FusedCache, masks: Sequence[Int[Tensor, "row width"]]) -> None:
+    def __init__(self, reader: Reader, cache: FusedCache, masks: Sequence[Tensor]) -> None:
         self.reader, self.cache = reader, cache
         self.masks = list(masks)
         for lane in reader.lanes:  # prompts of their own may differ in width; in one lane's cache they end together

@@ -31,7 +31,7 @@ class Rows:
         self._others = [c for c in stopping if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
 
     @property
-    def current(self) -> list[Int[Tensor, " time"]]:
+    def current(self) -> list[Tensor]:
         """The texts of the rows that go on."""
         return [self.texts[place] for place in self.active]
 

@@ -1,0 +1,387 @@
+"""With drafts everything that `generate` knows gives what it gives without: tokens, stops, streams, scores, caches."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+import tiny
+from fusing import PROMPTS, check_same_tokens, fuse, new_tokens
+from trimtab import FusedCausalLM
+from trimtab.core.errors import BadSetting, UnknownName
+from trimtab.logits.speculation import plan
+from trimtab.logits.speculation.draft import drafter_for, lookup
+from trimtab.logits.speculation.length import Costs, DraftLength
+from trimtab.logits.strategy import make_strategy
+from trimtab.zoo import load_items
+
+PAIRS = [("llama", kind) for kind in tiny.KINDS] + [(kind, "llama") for kind in tiny.KINDS[1:]] + [("gemma2", "gpt2")]
+MANY = [*PROMPTS, "abcabcabc, abcabc and so on, abcabc", "Q", "1+1=2, 2+2=4, 3+3="]
+DRAFTS = ["lately", "mixture", "fused", "prompt", "base", "math", "facts"]
+
+
+def check_with_drafts(model, prompts, drafts=4, most=0, **options):
+    """Greedy text with drafts is the text without; returns the report of the former."""
+    inputs, plain = new_tokens(model, prompts, speculate=0, **options)
+    assert not model.last_speculation.is_on
+    _, drafted = new_tokens(model, prompts, speculate=drafts, **options)
+    report = model.last_speculation
+    assert report.is_on
+    check_same_tokens(model, drafted, plain, inputs, most=most)
+    return report
+
+
+# ---- greedy
+
+
+@pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
+@pytest.mark.parametrize("prompts", [MANY[3], MANY], ids=["one", "batch"])
+def test_greedy_text_is_that_without_drafts(kinds, prompts):
+    report = check_with_drafts(fuse(kinds), prompts, max_new_tokens=40)
+    assert report.drafted > 0
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("length", [1, 3, 16])
+def test_greedy_text_is_that_without_drafts_whoever_drafts(fused, draft, length):
+    report = check_with_drafts(fused, MANY, length, max_new_tokens=40, speculate_draft=draft)
+    assert max(report.lengths) <= length
+    assert report.accepted > 0 or draft == "prompt"
+    if draft not in ("lately", "prompt"):
+        assert set(report.drafters) == {draft}
+
+
+@pytest.mark.parametrize("task", ["facts", "arithmetic", "summary", "truth"])
+def test_greedy_text_on_the_zoo(task):
+    model = FusedCausalLM.from_members("zoo:strong", "zoo:small", {task: f"zoo:small/{task}"}, tokenizer=None)
+    prompts = [item.prompt for item in load_items(task, "validation", limit=260)]
+    close = rounds = emitted = 0
+    for start in range(0, len(prompts), 52):
+        rows = prompts[start : start + 52]
+        inputs, plain = new_tokens(model, rows, speculate=0, max_new_tokens=24)
+        _, drafted = new_tokens(model, rows, speculate=3, max_new_tokens=24)
+        close += parted(model, drafted, plain, inputs)
+        rounds, emitted = rounds + model.last_speculation.rounds, emitted + model.last_speculation.emitted
+    assert close <= len(prompts) // 100
+    assert emitted > rounds
+
+
+def parted(model, ours, theirs, inputs):
+    """How many rows part, each of them at a close call (which is checked)."""
+    width = min(ours.shape[1], theirs.shape[1])
+    rows = [row for row in range(len(ours)) if not torch.equal(ours[row, :width], theirs[row, :width])]
+    for row in rows:
+        one = {name: part[row : row + 1] for name, part in inputs.items()}
+        check_same_tokens(model, ours[row : row + 1], theirs[row : row + 1], one, tolerance=1e-4, most=1)
+    return len(rows)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_experts_draft(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny.make(seed=1)
+    base.save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(("math", "facts")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(tiny.make(seed=1), config).save_pretrained(tmp_path / name, save_embedding_layers=False)
+    strong, adapters = tiny.make(seed=0, width=48), {n: str(tmp_path / n) for n in ("math", "facts")}
+    with pytest.warns(match="recorded|base"):
+        model = FusedCausalLM.from_members(strong, str(tmp_path / "base"), adapters, tokenizer=tiny.make_tokenizer())
+    assert check_with_drafts(model, MANY, max_new_tokens=40).accepted > 0
+
+
+def test_members_with_prompts_of_their_own_draft():
+    model = fuse(prompts={"math": "Sum: {prompt}\n=", "strong": "{prompt}, please:"})
+    report = check_with_drafts(model, MANY, max_new_tokens=30)
+    assert report.accepted > 0
+
+
+def test_members_in_bfloat16_draft():
+    model = fuse()
+    for body in model.bodies:
+        body.to(torch.bfloat16)
+    inputs, drafted = new_tokens(model, PROMPTS[0], speculate=3)
+    _, plain = new_tokens(model, PROMPTS[0], speculate=0)
+    check_same_tokens(model, drafted, plain, inputs, tolerance=0.3, most=1)
+
+
+def test_drafts_stop_where_a_context_ends(fused):
+    prompt = "x" * (tiny.CONTEXT - 6)
+    with pytest.warns(match="cut after 7 new tokens"):
+        check_with_drafts(fused, prompt, 8, max_new_tokens=50)
+
+
+def test_no_member_reads_a_token_twice(fused):
+    """The strong model's forwards are the rounds; the drafter's are its tokens, and one for each bonus."""
+    read = dict.fromkeys(fused.member_names, 0)
+    hooks = [
+        member.model.register_forward_pre_hook(
+            lambda _, args, kwargs, name=member.name: read.__setitem__(name, read[name] + kwargs["input_ids"].shape[1]),
+            with_kwargs=True,
+        )
+        for member in fused.members
+    ]
+    inputs, new = new_tokens(fused, PROMPTS[0], speculate=3, speculate_draft="math", max_new_tokens=30)
+    for hook in hooks:
+        hook.remove()
+    report = fused.last_speculation
+    prompt, rejected = inputs["input_ids"].shape[1], report.drafted - report.accepted
+    assert read["strong"] == prompt + report.drafted + report.rounds
+    assert read["strong"] - rejected <= prompt + new.shape[1] + 3
+    assert report.calls["strong"] == report.rounds
+    assert read["math"] <= read["strong"]
+
+
+# ---- processors, stops, streams, outputs
+
+
+class OnlyEven(LogitsProcessor):
+    """Goes by the row and by the length of the text, as nobody told the decoder that it would."""
+
+    def __call__(self, input_ids, scores):
+        rows = torch.arange(scores.shape[0]).unsqueeze(-1)
+        is_out = (torch.arange(scores.shape[1]) + rows + input_ids.shape[1]) % 2 == 0
+        return scores.masked_fill(is_out, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
+        {"bad_words_ids": [[5], [6, 7]], "min_new_tokens": 10, "sequence_bias": [[[9], 2.0]]},
+        {"forced_eos_token_id": 1, "suppress_tokens": [8, 9], "begin_suppress_tokens": [10, 11, 12]},
+        {"exponential_decay_length_penalty": (5, 1.5), "min_length": 30},
+        {"logits_processor": LogitsProcessorList([OnlyEven()])},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [(row + len(ids)) % 50 + 4, (row * len(ids)) % 50 + 4]},
+    ],
+    ids=["repetition", "words", "forced", "decay", "own", "prefix"],
+)
+def test_processors_hear_the_text_before_each_drafted_token(fused, options):
+    plain = new_tokens(fused, MANY, speculate=0)[1]
+    steered = new_tokens(fused, MANY, speculate=0, **options)[1]
+    assert plain.shape != steered.shape or not torch.equal(plain, steered)  # they do something here
+    check_with_drafts(fused, MANY, max_new_tokens=24, **options)
+
+
+def test_stop_strings_and_criteria_end_each_row_where_they_should(fused):
+    _, plain = new_tokens(fused, MANY, speculate=0)
+    stop = [fused.tokenizer.decode(plain[0, 5]), fused.tokenizer.decode(plain[3, 8])]
+    check_with_drafts(fused, MANY, 6, stop_strings=stop, tokenizer=fused.tokenizer)
+
+    class Long(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([len(set(row.tolist())) >= 14 for row in input_ids])
+
+    check_with_drafts(fused, MANY[0], 6, stopping_criteria=StoppingCriteriaList([Long()]))
+
+
+def test_text_streams(fused):
+    seen = []
+
+    class Ear(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            seen.append(text)
+
+    _, ids = new_tokens(fused, MANY[3], streamer=Ear(fused.tokenizer, skip_prompt=True), speculate=4)
+    assert "".join(seen) == fused.tokenizer.decode(ids[0])
+
+
+def test_rows_that_stream_together_go_without(fused):
+    class Any(BaseStreamer):
+        def put(self, value):
+            pass
+
+        def end(self):
+            pass
+
+    with pytest.raises(BadSetting, match="6 rows are streamed together"):
+        new_tokens(fused, MANY, streamer=Any(), speculate=4)
+
+
+@pytest.mark.parametrize("prompts", [MANY[0], MANY], ids=["one", "batch"])
+def test_scores_and_logits_are_those_without_drafts(fused, prompts):
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "temperature": 0.5}
+    options |= {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.3}
+    inputs = fused.encode(prompts)
+    plain, drafted = (fused.generate(**inputs, **options, speculate=n) for n in (0, 3))
+    assert torch.equal(plain.sequences, drafted.sequences)
+    ended = torch.zeros(len(plain.sequences), dtype=torch.bool)
+    for step in range(len(plain.logits)):
+        for ours, theirs in ((drafted.logits, plain.logits), (drafted.scores, plain.scores)):
+            torch.testing.assert_close(ours[step][~ended], theirs[step][~ended], atol=1e-3, rtol=1e-4)
+        ended |= plain.sequences[:, inputs["input_ids"].shape[1] + step] == 1
+    assert (drafted.past_key_values is None) == (len(plain.sequences) > 1)
+
+
+@pytest.mark.parametrize("kinds", [("llama", "llama"), ("mistral", "gemma2")], ids="-".join)
+def test_a_cache_carries_a_conversation_on(kinds):
+    model = fuse(kinds)
+    first = model.encode("Hello, hello, hello. ")
+    options = {"do_sample": False, "return_dict_in_generate": True, "speculate": 3}
+    opened = model.generate(**first, max_new_tokens=9, **options)
+    more = torch.cat([opened.sequences, model.encode("And then?")["input_ids"]], dim=-1)
+    options |= {"attention_mask": torch.ones_like(more), "max_new_tokens": 12}
+    carried = model.generate(more, past_key_values=opened.past_key_values, **options)
+    torch.testing.assert_close(carried.sequences, model.generate(more, **options | {"speculate": 0}).sequences)
+
+
+def test_sampled_rows_are_as_many_as_asked_for(fused):
+    torch.manual_seed(0)
+    _, ids = new_tokens(fused, MANY[:2], speculate=3, do_sample=True, num_return_sequences=4, top_k=5)
+    assert ids.shape[0] == 8
+    assert len({tuple(row) for row in ids.tolist()}) > 4
+
+
+# ---- settings
+
+
+def test_the_model_keeps_its_settings(fused, members_dir, tmp_path):
+    members = {name: str(members_dir / name) for name in ("math", "facts")}
+    model = FusedCausalLM.from_members(str(members_dir / "strong"), str(members_dir / "base"), members)
+    assert (model.speculate, model.speculate_draft) == ("auto", "lately")
+    model.speculate, model.speculate_draft = 5, "facts"
+    model.save_pretrained(tmp_path / "fused")
+    again = FusedCausalLM.from_pretrained(tmp_path / "fused")
+    assert (again.speculate, again.speculate_draft) == (5, "facts")
+    new_tokens(again, PROMPTS[0])
+    assert set(again.last_speculation.drafters) == {"facts"}
+    assert max(again.last_speculation.lengths) == 5
+
+
+@pytest.mark.parametrize("speculate", [-1, 17, "often", True])
+def test_settings_that_mean_nothing_are_refused(fused, speculate):
+    with pytest.raises(BadSetting, match="speculate is"):
+        plan.Plan(speculate).check(fused.expert_names)
+
+
+def test_an_unknown_drafter_is_refused(fused):
+    with pytest.raises(UnknownName, match="did you mean 'math'"):
+        new_tokens(fused, "Q", speculate=2, speculate_draft="maths")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fading:
+    """An amount that remembers its last step."""
+
+    looks_back = True
+    uses_experts = True
+
+    def alphas(self, step, pull):
+        return torch.ones_like(pull.forward[0])
+
+
+def obstacles():
+    yield {"cache_implementation": "static"}, "cannot take back"
+    yield {"use_cache": False}, "no cache"
+    yield {"prefill_chunk_size": 2}, "prefill_chunk_size"
+
+
+@pytest.mark.parametrize(("options", "reason"), list(obstacles()), ids=lambda x: str(x))
+def test_what_cannot_be_speculated_says_why(fused, options, reason):
+    with pytest.raises(BadSetting, match=reason):
+        new_tokens(fused, PROMPTS, speculate=2, **options)
+    new_tokens(fused, PROMPTS, speculate="auto", **options)
+    assert reason in fused.last_speculation.reason
+
+
+def test_a_strategy_that_looks_back_is_refused(fused):
+    model = fuse()
+    model._strategy = dataclasses.replace(model.strategy, amount=Fading())
+    with pytest.raises(BadSetting, match="Fading looks back"):
+        new_tokens(model, "Q", speculate=2)
+
+
+def test_beams_and_assistants_go_without(fused):
+    new_tokens(fused, "Q: and now", num_beams=2, max_new_tokens=4)
+    assert "beams" in fused.last_speculation.reason
+
+
+def test_auto_goes_without_where_the_strong_model_is_tiny_and_says_so(fused, monkeypatch):
+    trace = fused.trace("Q: and now", max_new_tokens=4, do_sample=False)
+    assert trace.speculation["on"] is False
+    assert "too small for drafts to pay" in trace.speculation["reason"]
+    monkeypatch.setattr(plan, "WORTH_BYTES", 0)
+    monkeypatch.setattr(plan, "WORTH_RATIO", 1)
+    drafted = fused.trace("Q: and now", max_new_tokens=4, do_sample=False)
+    assert drafted.speculation["on"] is True
+    assert [step.token_id for step in drafted.steps] == [step.token_id for step in trace.steps]
+
+
+# ---- who drafts, and how much
+
+
+def test_the_expert_with_most_weight_drafts(fused):
+    strategy = make_strategy("dynamic", expert_names=("math", "facts"))
+    for weights, name in (([0.1, 0.4], "facts"), ([0.4, 0.1], "math")):
+        assert drafter_for("lately", ("math", "facts"), strategy, torch.tensor(weights)).name == name
+    alone = fuse(strategy={"amount": "dynamic", "chooser": "only", "settings": {"expert": "facts"}})
+    new_tokens(alone, MANY, speculate=2, max_new_tokens=30)
+    assert alone.last_speculation.drafters.most_common(1)[0][0] == "facts"
+
+
+def test_lookup_finds_what_followed():
+    assert lookup([1, 2, 3, 4, 9, 1, 2, 3], 2) == [4, 9]
+    assert lookup([5, 6, 7, 1, 5, 6, 8, 1, 5, 6], 9) == [8, 1, 5, 6]  # the last place counts
+    assert lookup([1, 2, 3], 4) == []
+    assert lookup([1], 4) == []
+
+
+def test_repeated_text_is_looked_up(fused):
+    model = fuse()
+    report = check_with_drafts(model, "abcabcabcabcabcabcabc", 8, speculate_draft="prompt", max_new_tokens=60)
+    assert report.drafted > 0
+    assert report.calls["math"] == report.rounds  # nobody reads while the text drafts
+
+
+def test_the_length_follows_acceptance_and_costs():
+    def best(acceptance, per_draft, per_token=0.0):
+        length = DraftLength()
+        length.learn(round(acceptance * 1000), 1000)
+        return length.next(per_draft, lambda tokens: 1.0 + per_token * tokens, 0.0)
+
+    assert best(0.95, 0.01) > best(0.8, 0.01) > best(0.5, 0.01) > 0
+    assert best(0.8, 0.01) > best(0.8, 0.1) > best(0.8, 0.4)
+    assert best(0.8, 0.01) > best(0.8, 0.01, per_token=0.3)
+    assert best(0.02, 0.9, per_token=0.5) == 0
+
+
+def test_the_length_that_is_chosen_is_the_best_of_all():
+    length = DraftLength()
+    length.learn(800, 1000)
+    s, drafting, verifying = length.acceptance, 0.05, lambda tokens: 1.0 + 0.02 * tokens
+
+    def simulated(n, rounds=4000):
+        generator = torch.Generator().manual_seed(n)
+        stood = (torch.rand(rounds, n, generator=generator) < s).long().cumprod(-1).sum(-1)
+        seconds = verifying(n + 1) * rounds + drafting * (n * rounds + int((stood == n).sum()))
+        return float((stood + 1).sum()) / seconds
+
+    rates = [simulated(n) for n in range(17)]
+    assert rates[length.next(drafting, verifying, 0.0)] > 0.99 * max(rates)
+
+
+def test_drafts_that_never_pay_are_tried_again_now_and_then():
+    length = DraftLength()
+    length.learn(0, 1000)
+    found = [length.next(0.9, lambda tokens: float(tokens), 0.0) for _ in range(60)]
+    assert found.count(1) == 2
+    assert found.count(0) == 58
+
+
+def test_costs_are_read_between_and_beyond_measurements():
+    costs = Costs()
+    assert costs.of(3) == 0.0
+    costs.add(1, 1.0)
+    assert costs.of(5) == 1.0
+    costs.add(5, 2.0)
+    assert costs.of(3) == pytest.approx(1.5)
+    assert costs.of(9) == pytest.approx(3.0)
+    for _ in range(20):
+        costs.add(1, 0.5)
+    assert costs.of(1) == pytest.approx(0.5, abs=0.01)
+    costs.add(1, 100.0)
+    assert costs.of(1) < 0.6
