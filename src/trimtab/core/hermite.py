@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Instead of a width or a slope of zero in a denominator; its inverse square still fits into float32.
-TINY = 1e-18
+from trimtab.core.tolerances import TINY
 
 # A node is one evaluated alpha of a row: a tensor [4, ...] of alpha, A, A' and A''.
 ALPHA, LOG_PARTITION, MEAN, VARIANCE = range(4)
@@ -30,7 +29,7 @@ class Sketch:
 
 def sketch(left: Float[Tensor, "4 *interval"], right: Float[Tensor, "4 *interval"]) -> Sketch:
     """Interpolate between the nodes `left` and `right`, [4, ...], of intervals."""
-    at, weights = _places(left.dtype, left.device)
+    at, weights = places(left.dtype, left.device)
     width = right[ALPHA] - left[ALPHA]
     scale = torch.stack([torch.ones_like(width), width, width * width])
     ends = torch.cat([left[1:] * scale, right[1:] * scale]).movedim(0, -1)  # [..., 6]
@@ -74,7 +73,7 @@ def _reciprocal(values: Tensor) -> Tensor:
 
 
 @cache
-def _places(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def places(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Places in [0, 1] and the weights [6, 3 * place] of the end values there, for the polynomial and two derivatives.
 
     The places crowd at both ends, where the next minimum usually lies once one end has come close to it.

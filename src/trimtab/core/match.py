@@ -8,6 +8,10 @@ pair (f, g) stays inside a box, and the box's distance to the targets bounds J f
 several local minima; boxes cannot overlook one, but they shrink slowly around a minimum that misses the targets.
 Therefore each interval also carries an interpolation of A (see `hermite`): it says where the minimum should lie, and
 how much lower J could be if the interpolation were as wrong as its own error estimate.
+
+This is the plain version, for any device. On CPUs `kernel` does the same row by row in machine code, many times faster,
+where numba is installed (`pip install 'trimtab[fast]'`; `trimtab.core.compiled.is_available` tells). The first call on
+a machine compiles it, which takes some ten seconds; `trimtab.core.compiled.warm_up` does so beforehand.
 """
 
 from dataclasses import dataclass
@@ -16,24 +20,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimtab.core.hermite import ALPHA, LOG_PARTITION, MEAN, TINY, VARIANCE, doubt, kink, sketch
+from trimtab.core.compiled import CompiledFamily
+from trimtab.core.hermite import ALPHA, LOG_PARTITION, MEAN, VARIANCE, doubt, kink, sketch
 from trimtab.core.tilted import TiltedFamily
-
-EVALUATIONS = 16
+from trimtab.core.tolerances import (
+    CLOSE_ENOUGH,
+    CUT,
+    EVALUATIONS,
+    EXPLORED,
+    NARROW,
+    NARROWEST,
+    NO_MOVE,
+    SMALL_GAIN,
+    TINY,
+    WORTH,
+)
 
 # What is noted about an interval: J at its left end, the lowest J that the interpolation predicts inside (inf when
 # nothing there is worth an evaluation) and where, the lowest J that its estimated error leaves possible, the alpha that
 # would tell most about the interval, and the box's lower bound.
 LEFT, PREDICTED, PLACE, POSSIBLE, PROBE, FLOOR = range(6)
-
-WORTH = 1e-13  # a predicted gain below this share of J(0) is rounding
-CLOSE_ENOUGH = 2e-6  # an alpha this close to an evaluated one is not evaluated again ...
-SMALL_GAIN = 1e-8  # ... unless J is so steep that it would fall by more than this
-NARROW = 1e-3  # in an interval narrower than this only the exact slopes at its ends are believed
-NARROWEST = 1e-7  # an interval narrower than this is not divided
-CUT = 0.3  # where the interpolation is not to be trusted, an evaluation cuts off this share of the interval
-NO_MOVE = 1e-12  # divergences below this, in nats, are rounding: the law has not moved
-EXPLORED = 5e-7  # intervals that could not lower J by more than this (times J(0) if that is below 1) are left alone
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Match:
 
 
 def match_divergences(
-    family: TiltedFamily,
+    family: TiltedFamily | CompiledFamily,
     forward: Float[Tensor, "*rows"],
     reverse: Float[Tensor, "*rows"],
     alpha_max: float,
@@ -70,6 +76,8 @@ def match_divergences(
     when the interpolation's error estimates rule it out, and the tests compare with dense scans over laws that were
     made to mislead it. Never NaN for finite targets. A row's result does not depend on the other rows.
     """
+    if isinstance(family, CompiledFamily):
+        return Match(*family.match(forward, reverse, alpha_max, evaluations))
     shape = forward.shape
     targets = torch.stack([forward.reshape(-1), reverse.reshape(-1)]).to(family.delta.dtype)  # [2, row]
     rows = torch.arange(targets.shape[1], device=targets.device)
@@ -239,7 +247,7 @@ def _half_slope(node: Tensor, targets: Tensor) -> Tensor:
 
 
 def smaller_root(
-    family: TiltedFamily,
+    family: TiltedFamily | CompiledFamily,
     forward: Float[Tensor, "*rows"],
     reverse: Float[Tensor, "*rows"],
     alpha_max: float,
@@ -256,6 +264,8 @@ def smaller_root(
     Both divergences grow with alpha, so max(f - forward, g - reverse) changes its sign once and is bracketed
     throughout.
     """
+    if isinstance(family, CompiledFamily):
+        return family.smaller_root(forward, reverse, alpha_max, evaluations)[0]
     targets = torch.stack([forward.reshape(-1), reverse.reshape(-1)]).to(family.delta.dtype)  # [2, row]
     last = right = _node(family, torch.full_like(targets[0], alpha_max).view(forward.shape))
     left = _node(family, torch.zeros_like(targets[0]).view(forward.shape))

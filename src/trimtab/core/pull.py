@@ -11,11 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, linalg
 
+from trimtab.core.compiled import CompiledFamily, can_take
 from trimtab.core.tilted import TiltedFamily, row_slices, wide_type
-
-# Below this log-probability a token counts as ruled out: far below what float32 probabilities can hold, and it keeps
-# masks made of the lowest finite number (as common as -inf) from acting as opinions.
-RULED_OUT_NATS = -1e4
+from trimtab.core.tolerances import RULED_OUT_NATS
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Pull:
     The axis `target` holds the several targets that one expert is asked to meet at once: its own only, or all experts'.
     """
 
-    family: TiltedFamily
+    family: TiltedFamily | CompiledFamily
     forward: Float[Tensor, "target expert batch"]
     reverse: Float[Tensor, "target expert batch"]
 
@@ -67,8 +65,20 @@ def measure_pull(
 
     strong, base  [batch, vocab]          log-probabilities; a constant added to a row cancels
     experts       [expert, batch, vocab]  same token ids
-    returns       Pull with one target per expert: its own
+    returns       Pull with one target per expert: its own; worked on by compiled code where that is possible
     """
+    if can_take(strong, base, experts):
+        family = CompiledFamily(strong, base, experts)
+        return Pull(family, family.forward.unsqueeze(0), family.reverse.unsqueeze(0))
+    return measure_plainly(strong, base, experts)
+
+
+def measure_plainly(
+    strong: Float[Tensor, "batch vocab"],
+    base: Float[Tensor, "batch vocab"],
+    experts: Float[Tensor, "expert batch vocab"],
+) -> Pull:
+    """What `measure_pull` measures, for any device and type, with torch alone: the reference."""
     wide = wide_type(strong)
     delta = torch.empty(experts.shape, dtype=wide, device=experts.device)
     forward, reverse = torch.empty_like(delta[..., 0]), torch.empty_like(delta[..., 0])  # [expert, batch]

@@ -41,6 +41,20 @@ class Moments:
         return self.log_partition
 
 
+@dataclass(frozen=True)
+class Tilt:
+    """One tilted law per row, and how far it moved.
+
+    log_probs        [batch, vocab]   normalised
+    kl_nats          [batch]          KL(p_a || p)
+    reverse_kl_nats  [batch]          KL(p || p_a)
+    """
+
+    log_probs: Float[Tensor, "batch vocab"]
+    kl_nats: Float[Tensor, " batch"]
+    reverse_kl_nats: Float[Tensor, " batch"]
+
+
 class TiltedFamily:
     """One family per row, evaluated at one alpha per row; counts its evaluations.
 
@@ -92,15 +106,21 @@ class TiltedFamily:
         some._count = self._count
         return some
 
-    def law(self, alpha: Float[Tensor, "expert batch"], expert: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
-        """Log-probabilities of p_a for one expert per row.
+    def tilt(self, alpha: Float[Tensor, "expert batch"], expert: Int[Tensor, " batch"]) -> Tilt:
+        """The law p_a of one expert per row, and how far it moved.
 
         alpha    [expert, batch]
         expert   [batch]          which expert speaks in each row
-        returns  [batch, vocab]
         """
-        delta = take_expert(self.delta, expert)
-        return (self.strong + take_expert(alpha, expert).unsqueeze(-1) * delta).log_softmax(dim=-1)
+        factor, log_probs, moments = take_expert(alpha, expert), torch.empty_like(self.strong), []
+        for piece in row_slices(self.strong):
+            strong = self.strong[piece]
+            delta = self.delta[expert[piece], torch.arange(*piece.indices(len(expert)), device=expert.device)]
+            moments.append(_moments(factor[piece], strong, delta))
+            shift = factor[piece].unsqueeze(-1) * delta
+            log_probs[piece] = shift.add_(strong).sub_(moments[-1][0].unsqueeze(-1))
+        found = Moments(factor, *torch.cat(moments, dim=-1))
+        return Tilt(log_probs, found.kl_nats.clamp_min(0.0), found.reverse_kl_nats.clamp_min(0.0))
 
 
 def _moments(alpha: Tensor, strong: Tensor, delta: Tensor) -> Tensor:

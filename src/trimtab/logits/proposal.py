@@ -65,13 +65,6 @@ class Proposal:
         """The experts' deltas and what each of them is asked to meet."""
         return pull_of(self.step, self.meets_all_targets)
 
-    def law(self, expert: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
-        """The law of one expert per row, `expert` [batch]. [batch, vocab]"""
-        if self.laws is not None:
-            return take_expert(self.laws, expert)
-        assert self.alpha is not None
-        return self.pull.family.law(self.alpha, expert)
-
     def objective(self) -> Float[Tensor, "expert batch"]:
         """How far each expert's law is from the targets it is asked to meet: the paper's summed objective."""
         if self.alpha is not None:
@@ -89,11 +82,14 @@ class Choice:
     log_probs  [batch, vocab]   the fused law, normalised
     alpha      [expert, batch]  0 for experts that do not speak; None for amounts that have no alpha
     is_chosen  [expert, batch]  who speaks
+    moved      two of [batch]   KL(fused || strong) and KL(strong || fused) where they are known without another look
+                                at the vocabulary; else None
     """
 
     log_probs: Float[Tensor, "batch vocab"]
     alpha: Float[Tensor, "expert batch"] | None
     is_chosen: Bool[Tensor, "expert batch"]
+    moved: tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]] | None = None
 
 
 def choose(proposal: Proposal, expert: Int[Tensor, " batch"]) -> Choice:
@@ -111,10 +107,12 @@ def _choice_of_one(proposal: Proposal, place: Tensor, expert: Tensor, count: int
     """The choice of the expert that stands in `place` [batch] of the proposal and is `expert` [batch] of `count`."""
     everyone = torch.arange(count, device=expert.device)
     is_chosen = everyone.unsqueeze(-1) == expert  # [expert, batch]
-    alpha = None
-    if proposal.alpha is not None:
-        alpha = torch.where(is_chosen, take_expert(proposal.alpha, place), 0.0)
-    return Choice(proposal.law(place), alpha, is_chosen)
+    if proposal.alpha is None:
+        assert proposal.laws is not None
+        return Choice(take_expert(proposal.laws, place), None, is_chosen)
+    tilt = proposal.pull.family.tilt(proposal.alpha, place)
+    alpha = torch.where(is_chosen, take_expert(proposal.alpha, place), 0.0)
+    return Choice(tilt.log_probs, alpha, is_chosen, moved=(tilt.kl_nats, tilt.reverse_kl_nats))
 
 
 def pull_of(step: Step, meets_all_targets: bool) -> Pull:

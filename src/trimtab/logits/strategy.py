@@ -175,6 +175,10 @@ def _name_of(table: Table, ingredient: Any) -> str:
 
 def _fusion(strong: Tensor, choice: Choice) -> Fusion:
     """The choice with the divergences it cost, in the strong model's type."""
-    fused, strong = choice.log_probs.to(strong.dtype), strong.log_softmax(dim=-1)
-    alpha = None if choice.alpha is None else choice.alpha.to(strong.dtype)
-    return Fusion(fused, alpha, choice.is_chosen, kl_nats(fused, strong), kl_nats(strong, fused))
+    fused, alpha = choice.log_probs.to(strong.dtype), None if choice.alpha is None else choice.alpha.to(strong.dtype)
+    if choice.moved is not None:
+        there, back = (moved.to(strong.dtype) for moved in choice.moved)
+    else:
+        strong = strong.log_softmax(dim=-1)
+        there, back = kl_nats(fused, strong), kl_nats(strong, fused)
+    return Fusion(fused, alpha, choice.is_chosen, there, back)

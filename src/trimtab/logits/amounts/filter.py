@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimtab.core.pull import RULED_OUT_NATS
+from trimtab.core.tolerances import RULED_OUT_NATS
 from trimtab.logits.settings import setting
 from trimtab.logits.step import Step
 

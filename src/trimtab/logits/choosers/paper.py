@@ -9,6 +9,8 @@ the paper's the same objective picks among what the amount proposes for each exp
 
 from dataclasses import dataclass
 
+import torch
+
 from trimtab.logits.proposal import AlphaAmount, Choice, LawAmount, choose, propose
 from trimtab.logits.step import Step
 
@@ -20,4 +22,6 @@ class Paper:
     def __call__(self, step: Step, amount: AlphaAmount | LawAmount) -> Choice:
         """One expert per row; at equal objectives the first."""
         proposal = propose(amount, step, meets_all_targets=True)
+        if step.experts.shape[0] == 1:  # nothing to compare
+            return choose(proposal, expert=torch.zeros_like(step.who[0]))
         return choose(proposal, expert=proposal.objective().argmin(dim=0))
