@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
@@ -87,7 +87,7 @@ class Stock:
         tokenizer = AutoTokenizer.from_pretrained(resolve("tokenizer"))
         with quiet_bars():
             fused = (
-                _with_adapters(strong, size, spec, tokenizer) if spec.is_lora else _fuse(strong, base, plain, tokenizer)
+                fuse_adapters(strong, size, spec, tokenizer) if spec.is_lora else fuse(strong, base, plain, tokenizer)
             )
         trio = Trio(strong, base, plain, fused, tokenizer)
         trio.facts = self._facts(spec, trio)
@@ -97,7 +97,7 @@ class Stock:
         """The strong model, made once per size."""
         key = (spec.strong_parameters, spec.dtype, spec.device)
         if key not in self._strong:
-            self._strong[key] = _inflated(_load("strong", spec), spec.strong_parameters, STRONG_BLOCKS)
+            self._strong[key] = strong_model(spec)
         return self._strong[key]
 
     def _small_size(self, spec: Spec) -> int:
@@ -145,6 +145,35 @@ def size_for(wanted: float, seconds_of: Callable[[int], float], spec: Spec) -> i
     return min(int(least + (wanted - low) / slope), spec.strong_parameters)
 
 
+def adapted_model(task: str, parameters: int, spec: Spec) -> Any:
+    """A base of this size that carries one adapter, on its new blocks, too."""
+    import peft
+
+    base = _load("small", spec)
+    with quiet_bars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.PeftModel.from_pretrained(base, str(resolve(f"small/{task}-lora")))
+    return _inflated(base, parameters, SMALL_BLOCKS)
+
+
+def random_model(like: str, vocabulary: int, parameters: int, seed: int) -> Any:
+    """A random Llama of the zoo's shape with another vocabulary, inflated as far as its embeddings leave room.
+
+    like    "strong" or "small"
+    """
+    config = AutoConfig.from_pretrained(resolve(like))
+    config.vocab_size = vocabulary
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    blocks = STRONG_BLOCKS if like == "strong" else SMALL_BLOCKS
+    return _inflated(model, max(parameters, least_parameters(model, blocks)), blocks)
+
+
+def strong_model(spec: Spec) -> Any:
+    """The strong model of the zoo, inflated."""
+    return _inflated(_load("strong", spec), spec.strong_parameters, STRONG_BLOCKS)
+
+
 def load_tokenizer() -> Any:
     """The zoo's, for batches padded on the left and texts as long as inflated models may read."""
     return AutoTokenizer.from_pretrained(resolve("tokenizer"), padding_side="left", model_max_length=CONTEXT)
@@ -174,15 +203,16 @@ def _inflated(model: Any, parameters: int, blocks: int) -> Any:
     return model
 
 
-def _fuse(strong: Any, base: Any, experts: Mapping[str, Any], tokenizer: Any) -> FusedCausalLM:
+def fuse(strong: Any, base: Any, experts: Mapping[str, Any], tokenizer: Any) -> FusedCausalLM:
+    """Ours, of loaded members."""
     return FusedCausalLM.from_members(strong, base, experts, "dynamic", tokenizer)
 
 
-def _with_adapters(strong: Any, size: int, spec: Spec, tokenizer: Any) -> FusedCausalLM:
+def fuse_adapters(strong: Any, size: int, spec: Spec, tokenizer: Any) -> FusedCausalLM:
     """Fused with a base that carries all adapters, also on its new blocks, as an adapted model of that size would."""
     base = _load("small", spec)
     with quiet_bars():
-        fused = _fuse(strong, base, {task: f"zoo:small/{task}-lora" for task in spec.experts}, tokenizer)
+        fused = fuse(strong, base, {task: f"zoo:small/{task}-lora" for task in spec.experts}, tokenizer)
     _inflated(base, size, SMALL_BLOCKS)
     for switch in fused.members.switches.values():
         switch.refresh()
