@@ -45,6 +45,34 @@ def test_the_speaker_of_the_chooser_only_has_its_own_flag(run, inline, tmp_path:
     assert FusedCausalLM.from_pretrained(tmp_path / "made").strategy.to_dict()["settings"]["expert"] == "sums"
 
 
+def test_drafts_can_be_asked_for(run, inline, tmp_path: Path) -> None:
+    words = ["--speculate", "3", "--draft", "sums"]
+    assert run("fuse", *inline, *words, "-o", tmp_path / "made").code == 0
+    opened = FusedCausalLM.from_pretrained(tmp_path / "made")
+    assert (opened.speculate, opened.speculate_draft) == (3, "sums")
+    words = ["generate", tmp_path / "made", PROMPT, "--max-new-tokens", "12", "--json"]
+    drafted = run(*words).json()
+    assert drafted["settings"]["speculation"]["on"] is True
+    assert drafted["settings"]["speculation"]["drafters"] == {"sums": drafted["settings"]["speculation"]["rounds"] - 1}
+    plain = run(*words, "--speculate", "0").json()
+    assert plain["settings"]["speculation"] == {"on": False, "reason": "speculate is 0"}
+    assert plain["result"] == drafted["result"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--speculate", "much"], "Expected: auto or a number"),
+        (["--speculate", "-1"], "speculate is -1"),
+        (["--draft", "fact"], "did you mean 'facts'?"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(run, inline, words, message) -> None:
+    ran = run("generate", *inline, *words, PROMPT)
+    assert ran.code == 2
+    assert message in ran.err
+
+
 def test_a_directorys_chooser_is_dropped_where_no_expert_is_used(run, inline, tmp_path: Path) -> None:
     assert run("fuse", *inline, "--chooser", "confident", "-o", tmp_path / "made").code == 0
     words = ["generate", tmp_path / "made", PROMPT, "--max-new-tokens", "2", "--strategy", "contrastive"]

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Members, strategy, and where to write."""
     options.add_members(parser)
     options.add_strategy(parser, default=options.DEFAULT_AMOUNT)
+    options.add_speculation(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the directory to write")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
 
@@ -29,7 +30,9 @@ def run(args: argparse.Namespace) -> None:
     strategy = options.strategy_of(args, tuple(members["experts"]))
     options.quiet_transformers()
     folder = output.check_folder(args.output, args.force)
-    FusedCausalLM.from_members(**members, strategy=strategy).save_pretrained(folder)
+    fused = FusedCausalLM.from_members(**members, strategy=strategy)
+    options.set_speculation(args, fused)
+    fused.save_pretrained(folder)
     settings = {**{name: members[name] for name in ("strong", "base", "experts")}, "strategy": strategy.to_dict()}
     result = {"directory": str(folder), "files": sorted(file.name for file in folder.iterdir())}
     output.emit(args.json, output.document(result, settings), lambda: show(folder, settings))

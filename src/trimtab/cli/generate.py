@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         "chat": args.chat,
         "samples": args.samples,
         "stop": stops,
+        "speculation": fused.last_speculation.to_dict(),
         **sampling,
     }
     output.emit(args.json, output.document(result, settings, args.seed), lambda: show(texts))

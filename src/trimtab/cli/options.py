@@ -60,6 +60,36 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="number type of all members; else as stored"
     )
+    add_speculation(parser)
+
+
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    """--speculate and --draft: small members write ahead, all members verify at once."""
+    group = parser.add_argument_group("speed", "the law of the output is the same with and without drafts")
+    group.add_argument(
+        "--speculate",
+        metavar="auto|N",
+        help="tokens that a small member drafts for the others to verify: auto for as many as pay, 0 for none",
+    )
+    group.add_argument(
+        "--draft",
+        metavar="WHO",
+        help="who drafts: an expert's name or base, lately (the expert with most weight), mixture (all experts), fused "
+        "(the small models' own fused law) or prompt (n-grams of the text)",
+    )
+
+
+def set_speculation(args: argparse.Namespace, fused: Any) -> None:
+    """What --speculate and --draft say, set on a fused model; raises InputError for what is no number."""
+    if args.speculate is not None:
+        is_number = args.speculate.lstrip("-").isdigit()
+        if not is_number and args.speculate != "auto":
+            raise InputError(
+                f"--speculate {args.speculate} cannot be read.", "Expected: auto or a number.", "for example auto."
+            )
+        fused.speculate = int(args.speculate) if is_number else args.speculate
+    if args.draft is not None:
+        fused.speculate_draft = args.draft
 
 
 def members_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -124,6 +154,7 @@ def open_fused(args: argparse.Namespace) -> Any:
         fused = FusedCausalLM.from_pretrained(args.model, **placement)
         if args.strategy or args.chooser or given_settings(args):
             fused.strategy = strategy_of(args, tuple(fused.expert_names), fused.strategy.to_dict())
+    set_speculation(args, fused)
     return fused.eval()
 
 

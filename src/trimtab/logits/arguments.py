@@ -49,7 +49,10 @@ REASONS = {
 }
 NO_WEIGHTS = "A fused directory holds references to its members, no weights."
 # What a configuration that the caller changed may say: the rest of it follows from the members.
-FREE_IN_CONFIG = ("strong", "base", "experts", "strategy", "prompts", "use_cache", "dtype")
+FREE_IN_CONFIG = (
+    *("strong", "base", "experts", "strategy", "prompts"),
+    *("speculate", "speculate_draft", "use_cache", "dtype"),
+)
 
 
 def check_opening(positional: Collection[Any], given: Mapping[str, Any]) -> None:

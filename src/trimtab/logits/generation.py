@@ -27,7 +27,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
     reader: Reader
     encoder: PromptEncoder
-    last_speculation: SpeculationReport
+    last_speculation: SpeculationReport = SpeculationReport(reason="nothing was generated yet")
     _plan: Plan
     _meter: Meter | None = None
     _asked_plan: Plan | None = None
