@@ -252,6 +252,7 @@ def count_new(new_ids: Tensor, eos_id: int) -> int:
 
 # ---- single steps
 
+STEP, SMALL_PART = "single step", "small part"
 OWN_STEPS = "members' own steps"
 STEP_REPEATS = 9
 
@@ -262,8 +263,8 @@ def step_cases(point: Point, stock: Stock, trio: Trio, options: Options, progres
     progress("making members with adapters")
     one, four = (stock.trio(replace(point.spec, experts=TUNED_TASKS[:n], is_lora=True)) for n in (1, 4))
     return [
-        _step_case("single step", trio, point, repeats, progress),
-        _step_case("single step, 4 LoRA experts", four, point, repeats, progress),
+        _step_case(STEP, trio, point, repeats, progress),
+        _step_case(f"{STEP}, 4 LoRA experts", four, point, repeats, progress),
         _small_part_case(one, four, point, repeats, progress),
     ]
 
@@ -294,9 +295,9 @@ def _small_part_case(one: Trio, four: Trio, point: Point, repeats: int, progress
         return {"ms": 1e3 * meter.seconds["small"] / STEPS, "whole_step_ms": 1e3 * whole}
 
     arms: dict[str, Arm] = {ONE_EXPERT: lambda _: small_ms(one), FOUR_EXPERTS: lambda _: small_ms(four)}
-    runs = interleave(arms, repeats, lambda text: progress(f"small part: {text}"))
+    runs = interleave(arms, repeats, lambda text: progress(f"{SMALL_PART}: {text}"))
     about = (_step_settings(point, 4), four.facts, runs)
-    return Case("small part", "ms", "ms a step", False, ONE_EXPERT, ("whole_step_ms",), *about)
+    return Case(SMALL_PART, "ms", "ms a step", False, ONE_EXPERT, ("whole_step_ms",), *about)
 
 
 def mean_seconds(stepper: Stepper) -> float:

@@ -163,6 +163,7 @@ def document(name: str, findings: Findings, options: Options) -> dict[str, Any]:
         "bench": name,
         "title": findings.title,
         "is_quick": options.is_quick,
+        "only": options.only,
         "date": machine.now(),
         "commit": machine.commit(),
         "machine": machine.describe(options.machine),
@@ -232,13 +233,15 @@ def _table(case: Case) -> Any:
         table.add_column(name.replace("_", " "), justify="right")
     for arm in case.runs:
         ratio = spread(ratios(case, arm)).text() if case.reference in case.runs else "–"
-        cells = [spread(figures(case, arm, name)) if _has(case, arm, name) else None for name in case.beside]
-        table.add_row(arm, spread(figures(case, arm)).text(), ratio, *(f"{c.median:.3g}" if c else "–" for c in cells))
+        table.add_row(arm, spread(figures(case, arm)).text(), ratio, *beside(case, arm))
     return table
 
 
-def _has(case: Case, arm: str, figure: str) -> bool:
-    return all(figure in record for record in case.runs[arm])
+def beside(case: Case, arm: str) -> list[str]:
+    """The medians of the figures that stand beside the main one; a dash where an arm has none."""
+    has = [all(name in record for record in case.runs[arm]) for name in case.beside]
+    pairs = zip(case.beside, has, strict=True)
+    return [f"{spread(figures(case, arm, name)).median:.3g}" if there else "–" for name, there in pairs]
 
 
 INK, SOFT, LINE, OURS, THEIRS = "#1d2329", "#5d6873", "#e3e0d8", "#e08a14", "#9aa5af"

@@ -28,7 +28,7 @@ def describe(name: str = "") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "load_at_start": round(os.getloadavg()[0], 2),
+        "load": round(os.getloadavg()[0], 2),
         "allocator": {name: text for name, text in sorted(os.environ.items()) if name.startswith("MALLOC_")},
         "versions": {package: version(package) for package in PACKAGES},
     }

@@ -33,7 +33,8 @@ class Spec:
     """Which members, and how they cost.
 
     strong_parameters   of the inflated strong model
-    ratio               how many times a small member's step the strong one's takes
+    ratio               how many times a small member's step the strong one's takes; sizes are measured to fit
+    small_parameters    a size to take instead
     experts             tasks that experts were tuned on
     is_lora             experts are adapters on the base; False: models of their own
     """
@@ -42,6 +43,7 @@ class Spec:
     ratio: float
     experts: tuple[str, ...] = ("arithmetic",)
     is_lora: bool = False
+    small_parameters: int | None = None
     dtype: str = "bfloat16"
     device: str = "cpu"
 
@@ -81,14 +83,10 @@ class Stock:
         strong = self.strong(spec)
         size = self._small_size(spec)
         base = small_model("small", size, spec)
-        plain = {
-            task: small_model(f"small/{task}{'-lora' if spec.is_lora else ''}", size, spec) for task in spec.experts
-        }
-        tokenizer = AutoTokenizer.from_pretrained(resolve("tokenizer"))
-        with quiet_bars():
-            fused = (
-                fuse_adapters(strong, size, spec, tokenizer) if spec.is_lora else fuse(strong, base, plain, tokenizer)
-            )
+        kind = "-lora" if spec.is_lora else ""
+        plain = {task: small_model(f"small/{task}{kind}", size, spec) for task in spec.experts}
+        tokenizer = load_tokenizer()
+        fused = fuse_adapters(strong, size, spec, tokenizer) if spec.is_lora else fuse(strong, base, plain, tokenizer)
         trio = Trio(strong, base, plain, fused, tokenizer)
         trio.facts = self._facts(spec, trio)
         return trio
@@ -102,6 +100,8 @@ class Stock:
 
     def _small_size(self, spec: Spec) -> int:
         """Parameters at which a small member's step takes 1/ratio of the strong one's: on a line through two sizes."""
+        if spec.small_parameters is not None:
+            return spec.small_parameters
         key = (spec.strong_parameters, spec.ratio, spec.dtype, spec.device)
         if key not in self._sizes:
             # A little smaller than wanted, so that "at least so many times the cost" holds after rounding.
@@ -326,7 +326,7 @@ def prompts_of(tasks: Sequence[str], count: int, start: int = 0) -> list[str]:
     return [items[task][place % len(items[task])].prompt for task, place in places]
 
 
-def long_prompts(tasks: Sequence[str], count: int, start: int = 0, solved: int = 24) -> list[str]:
+def long_prompts(tasks: Sequence[str], count: int, start: int = 0, solved: int = 64) -> list[str]:
     """Prompts with solved items of the same tasks before them, for prompts of a fixed number of tokens."""
     texts = []
     for number, prompt in enumerate(prompts_of(tasks, count, start), start=start):

@@ -23,7 +23,7 @@ from bench import members
 from bench.harness import Arm, Case, Findings, Options, Progress, Record, interleave
 from bench.machine import ROOT
 from bench.members import Spec
-from trimtab.core.errors import TrimtabError
+from trimtab.core.errors import TrimtabError, unknown_name
 from trimtab.zoo import TUNED_TASKS
 
 SUM, OURS, SPECULATED = "sum of members", "ours", "ours speculated"
@@ -120,8 +120,13 @@ def cases_of(name: str, load: Load, peaks: "Peaks", repeats: int, progress: Prog
             SMALL_PART: lambda repeat: beyond_strong(load, peaks, repeat),
         }
         runs = interleave(parts, repeats, say, warm_up=False)
-        cases.append(Case(f"{name}, small part", "mib", "MiB", False, PARTS, ("weights_mib",), settings, {}, runs))
+        cases.append(Case(small_part_of(name), "mib", "MiB", False, PARTS, ("weights_mib",), settings, {}, runs))
     return cases
+
+
+def small_part_of(name: str) -> str:
+    """The name of a case beside that of the whole fused model."""
+    return f"{name}, small part"
 
 
 def total(who: Sequence[str], load: Load, peaks: "Peaks", repeat: int) -> Record:
@@ -194,6 +199,9 @@ def in_own_process(load: Load) -> Record:
 
 def peak_of(load: Load) -> Record:
     """Peak and weights of this load in this process, in MiB over what was resident before."""
+    known = (FUSED, STRONG, BASE, *load.experts)
+    if load.who not in known:
+        raise unknown_name("member", load.who, known)
     _warm_up(load)
     gc.collect()
     baseline = _status("VmRSS")
@@ -277,4 +285,7 @@ def _reset_high_water_mark() -> None:
 
 if __name__ == "__main__":
     words = json.loads(sys.argv[1])
-    print(json.dumps(peak_of(Load(**{**words, "experts": tuple(words["experts"])}))))
+    try:
+        print(json.dumps(peak_of(Load(**{**words, "experts": tuple(words["experts"])}))))
+    except TrimtabError as error:
+        sys.exit(f"{type(error).__name__}: {error.found} {error.expected}")

@@ -39,7 +39,9 @@ def grid_law(strong: Tensor, base: Tensor, experts: Tensor) -> Tensor:
         for alpha in ALPHAS:
             law = (strong + alpha * delta).log_softmax(dim=-1)
             forward, reverse = _kl(law, strong), _kl(strong, law)
-            objective = sum(((forward - there) ** 2 + (reverse - back) ** 2 for there, back in targets), 0 * best)
+            objective = torch.zeros_like(best)
+            for there, back in targets:
+                objective += (forward - there) ** 2 + (reverse - back) ** 2
             is_better = objective < best
             best_law, best = torch.where(is_better[:, None], law, best_law), torch.where(is_better, objective, best)
     return best_law

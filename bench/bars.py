@@ -1,0 +1,124 @@
+"""What was promised of speed and memory, and how far a measurement keeps it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench import decode, memory, solve
+from bench.harness import Case, Spread, cases_of, ratios, spread
+
+Found = tuple[str, Spread]  # where it was measured, and the ratio there
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A ratio that is to be reached.
+
+    claim         what is compared with what
+    bench         whose document holds the figures
+    limit         the ratio that was promised
+    is_at_least   whether the ratio is to be at least the limit; False: at most
+    find          all places where the document has it; the worst one counts
+    """
+
+    claim: str
+    bench: str
+    limit: float
+    is_at_least: bool
+    find: Callable[[list[Case]], Iterator[Found]]
+
+    @property
+    def demand(self) -> str:
+        """For example ">= 2.00"."""
+        return f"{'≥' if self.is_at_least else '≤'} {self.limit:.2f}"
+
+    def worst(self, document: Mapping[str, Any]) -> Found | None:
+        """Where the document is farthest from the promise; None where it was not measured."""
+        found = list(self.find(cases_of(document)))
+        pick = min if self.is_at_least else max
+        return pick(found, key=lambda one: one[1].median, default=None)
+
+    def is_met(self, ratio: Spread) -> bool:
+        """Judged by the median."""
+        return ratio.median >= self.limit if self.is_at_least else ratio.median <= self.limit
+
+
+def _at(name: str, arm: str, reference: str) -> Callable[[list[Case]], Iterator[Found]]:
+    """The ratio of two arms, in the case of this name."""
+    return _where(lambda case: case.name == name, arm, reference)
+
+
+def _where(wanted: Callable[[Case], bool], arm: str, reference: str) -> Callable[[list[Case]], Iterator[Found]]:
+    def find(cases: list[Case]) -> Iterator[Found]:
+        for case in cases:
+            if wanted(case) and arm in case.runs and reference in case.runs:
+                yield case.name, spread(ratios(case, arm, reference))
+
+    return find
+
+
+def _any_memory(cases: list[Case]) -> Iterator[Found]:
+    for arm in (memory.OURS, memory.SPECULATED):
+        for name, ratio in _where(lambda case: True, arm, memory.SUM)(cases):
+            yield f"{name}, {arm}", ratio
+
+
+BARS = (
+    Bar(
+        "Speculated fused tokens/s, over the strong model alone",
+        "decode",
+        2.0,
+        True,
+        _at(decode.CENTRE, decode.SPECULATED, decode.STRONG),
+    ),
+    Bar(
+        "Speculated fused tokens/s, over the strong model with assisted generation",
+        "decode",
+        1.0,
+        True,
+        _at(decode.CENTRE, decode.SPECULATED, decode.ASSISTED),
+    ),
+    Bar(
+        "Speculated fused tokens/s, over the paper's grid as published",
+        "decode",
+        3.0,
+        True,
+        _at(decode.CENTRE, decode.SPECULATED, decode.GRID),
+    ),
+    Bar(
+        "Unspeculated fused step, over the sum of its members' own steps",
+        "decode",
+        1.05,
+        False,
+        _at(decode.STEP, decode.OURS, decode.OWN_STEPS),
+    ),
+    Bar(
+        "Small-model part of a step with four LoRA experts, over that with one",
+        "decode",
+        1.6,
+        False,
+        _at(decode.SMALL_PART, decode.FOUR_EXPERTS, decode.ONE_EXPERT),
+    ),
+    Bar(
+        "The strategy's call at V = 152,000, over a step of a strong model of 1B parameters",
+        "solve",
+        0.02,
+        False,
+        _where(lambda case: True, solve.OURS, solve.STEP),
+    ),
+    Bar(
+        "The strategy's exact call, over the grid's, everywhere",
+        "solve",
+        1 / 3,
+        False,
+        _where(lambda case: True, solve.OURS, solve.GRID),
+    ),
+    Bar(
+        "Memory of base and four LoRA experts in the fused model, over base + adapters",
+        "memory",
+        1.10,
+        False,
+        _where(lambda case: case.name == memory.small_part_of("4 LoRA experts"), memory.SMALL_PART, memory.PARTS),
+    ),
+    Bar("Peak memory, over the sum of the members with their caches, everywhere", "memory", 1.10, False, _any_memory),
+)

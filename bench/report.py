@@ -1,0 +1,130 @@
+"""docs/performance.md from the results: every figure on it comes out of their JSON."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import harness
+from bench.bars import BARS, Bar
+from bench.harness import Case, figures, listed, ratios, spread
+from trimtab.core.errors import InputError
+
+ORDER = ("decode", "solve", "memory")
+Document = Mapping[str, Any]
+
+
+def write(folder: Path, page: Path) -> None:
+    """The page, written beside and then renamed.
+
+    raises    InputError where the folder holds no results
+    """
+    text = markdown(folder, page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    beside = page.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(page)
+
+
+def markdown(folder: Path, page: Path) -> str:
+    """The whole page, as it is to stand at `page`."""
+    machines = by_machine(folder)
+    parts = [
+        "# Speed and memory",
+        "",
+        "Written by `python -m bench report`; do not edit. `make bench-full` measures again. Alternatives run "
+        "interleaved in one process (A B C A B C); a ratio is taken within each repeat, between runs that stood side "
+        "by side. Figures are medians over the repeats, in brackets the quartiles.",
+        "",
+    ]
+    for name, files in machines.items():
+        parts += _machine(name, files, page)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def by_machine(folder: Path) -> dict[str, dict[str, Path]]:
+    """Machine -> bench -> its file; a long run goes before a quick one, parts of a bench are left out."""
+    found: dict[str, dict[str, Path]] = {}
+    for file in sorted(folder.glob("*.json"), key=lambda file: (not file.stem.endswith("-quick"), file.stem)):
+        document = harness.read_json(file)
+        if not document["only"]:
+            found.setdefault(document["machine"]["name"], {})[document["bench"]] = file
+    if not found:
+        raise InputError(
+            f"there are no results in {folder}.",
+            "The page is made from what `python -m bench NAME` leaves there.",
+            "run `make bench` first.",
+        )
+    return found
+
+
+def _machine(name: str, files: Mapping[str, Path], page: Path) -> Iterator[str]:
+    documents = {bench: harness.read_json(files[bench]) for bench in ORDER if bench in files}
+    about = next(iter(documents.values()))["machine"]
+    device = f", {about['accelerator']}" if about["accelerator"] else ""
+    versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+    yield f"## {name}: {about['cpu']}, {about['cores']} cores{device}, {about['memory_gib']} GiB"
+    yield ""
+    yield f"{about['threads']} threads; Python {about['python']}, {versions}."
+    yield ""
+    yield from _bars(documents)
+    for bench, document in documents.items():
+        yield from _bench(document, files[bench].with_suffix(".png"), page)
+
+
+def _bars(documents: Mapping[str, Document]) -> Iterator[str]:
+    yield "| promised | ratio | measured | | where |"
+    yield "|---|---|---|---|---|"
+    for bar in BARS:
+        document = documents.get(bar.bench)
+        worst = bar.worst(document) if document is not None else None
+        if document is None or worst is None:
+            yield f"| {bar.claim} | {bar.demand} | – | not measured | |"
+        else:
+            quick = ", quick form" if document["is_quick"] else ""
+            yield f"| {bar.claim} | {bar.demand} | {_ratio(worst[1])} | {_verdict(bar, worst[1])} | {worst[0]}{quick} |"
+    yield ""
+
+
+def _ratio(ratio: harness.Spread) -> str:
+    return ratio.text(digits=3 if ratio.median < 0.5 else 2)
+
+
+def _verdict(bar: Bar, ratio: harness.Spread) -> str:
+    return "met" if bar.is_met(ratio) else "**missed**"
+
+
+def _bench(document: Document, picture: Path, page: Path) -> Iterator[str]:
+    form = "quick form" if document["is_quick"] else "long form"
+    path = os.path.relpath(picture, page.parent)
+    yield f"### {document['title']}"
+    yield ""
+    yield (
+        f"`python -m bench {document['bench']}`, {form}, {document['date']} UTC, commit {document['commit']}, "
+        f"load of the machine at the end {document['machine']['load']}."
+    )
+    yield ""
+    yield f"![{document['title']}]({path})"
+    yield ""
+    for note in document["notes"]:
+        yield f"- {note}"
+    yield ""
+    for case in harness.cases_of(document):
+        yield from _case(case)
+
+
+def _case(case: Case) -> Iterator[str]:
+    yield f"**{case.name}**: {listed(case.settings)}." + (f" Measured: {listed(case.facts)}." if case.facts else "")
+    yield ""
+    has_reference = case.reference in case.runs
+    heads = ["", case.unit, *([f"× {case.reference}"] if has_reference else []), *case.beside]
+    yield f"| {' | '.join(head.replace('_', ' ') for head in heads)} |"
+    yield f"|---|{'---:|' * (len(heads) - 1)}"
+    for arm in case.runs:
+        cells = [spread(figures(case, arm)).text()]
+        if has_reference:
+            cells.append(_ratio(spread(ratios(case, arm))))
+        yield f"| {arm} | {' | '.join([*cells, *harness.beside(case, arm)])} |"
+    for arm, reason in case.left_out.items():
+        yield f"| {arm} | left out: {reason} |{' |' * (len(heads) - 2)}"
+    yield ""
