@@ -276,8 +276,11 @@ def test_an_answer_bound_to_the_style_opens_with_the_likeliest_opening(panel, it
 
 
 def test_items_with_a_label_are_answered_by_choosing_even_where_the_task_writes(panel, items) -> None:
-    asked = [replace(item, choices=(" Moss", " cat", " Elm"), label=1) for item in items["facts"]]
+    asked = [
+        replace(item, choices=(" Moss", " cat", " Elm"), label=place % 3) for place, item in enumerate(items["facts"])
+    ]
     as_choice = alone_scores(panel, TASKS["truth"], asked, "strong")
+    assert 0.0 < float(as_choice.mean()) < 100.0
     assert torch.equal(forced_scores(panel, TASKS["facts"], asked, "strong"), as_choice)
 
 
