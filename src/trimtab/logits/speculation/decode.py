@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.logits.reading import BrokenLaw
 from trimtab.logits.speculation import draft as drafting
 from trimtab.logits.speculation.draft import Drafter
-from trimtab.logits.speculation.length import Costs, DraftLength
+from trimtab.logits.speculation.length import PRIOR, Costs, DraftLength
 from trimtab.logits.speculation.processors import Scorer
 from trimtab.logits.speculation.ragged import RaggedReading
 from trimtab.logits.speculation.report import SpeculationReport
@@ -32,10 +32,12 @@ from trimtab.logits.strategy import Strategy
 
 @dataclass
 class Meter:
-    """What forwards have cost so far, per lane, and a round beside them; kept by a model from text to text."""
+    """What a model has learned from the texts before: costs of forwards, per lane, and of a round beside them, and how
+    many drafted tokens stand."""
 
     lanes: list[Costs]
     beside: Costs = field(default_factory=Costs)
+    acceptance: float = PRIOR
 
 
 @dataclass
@@ -120,6 +122,7 @@ class SpeculativeDecoder:
             beside = time.perf_counter() - start - self._in_forwards
             self._meter.beside.add(1, beside)
             self.report.beside += beside
+        self._meter.acceptance = self._length.acceptance
 
     # ---- one round
 

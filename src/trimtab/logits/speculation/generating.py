@@ -134,7 +134,7 @@ def _decoder(model: Any, plan: Plan, task: Task, rows: Rows) -> SpeculativeDecod
         dict(zip(model.member_names, reader.run_of, strict=True)),
         rows,
         Scorer(task.processors, task.input_ids.shape[0]),
-        DraftLength(plan.fixed_length),
+        DraftLength(plan.fixed_length, model._meter.acceptance),
         model._meter,
         plan.draft,
         bool(task.config.do_sample),

@@ -49,11 +49,12 @@ class DraftLength:
     """Chooses the length of the next draft.
 
     fixed     a length to keep; None: adapt
+    prior     acceptance that is expected before anything was drafted
     """
 
-    def __init__(self, fixed: int | None = None) -> None:
+    def __init__(self, fixed: int | None = None, prior: float = PRIOR) -> None:
         self._fixed = fixed
-        self._judged, self._stood = PRIOR_WEIGHT, PRIOR_WEIGHT * PRIOR
+        self._judged, self._stood = PRIOR_WEIGHT, PRIOR_WEIGHT * prior
         self._idle = 0
 
     @property
