@@ -4,12 +4,13 @@ A ratio is taken within each repeat, between runs that stood side by side; its m
 slow minute of the machine then moves both sides of a ratio, and a single disturbed run does not move the median.
 """
 
+import contextlib
 import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,25 @@ def interleave(
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; at least one is measured.")
     runs: dict[str, list[Record]] = {name: [] for name in arms}
-    for repeat in range(WARM_UP if warm_up else 0, repeats):
-        for name, arm in arms.items():
-            progress(f"{name}, {'warm-up' if repeat < 0 else f'{repeat + 1} of {repeats}'}")
-            record = _timed(arm, repeat)
-            if repeat >= 0:
-                runs[name].append(record)
+    with _cheap_collections():
+        for repeat in range(WARM_UP if warm_up else 0, repeats):
+            for name, arm in arms.items():
+                progress(f"{name}, {'warm-up' if repeat == WARM_UP else f'{repeat + 1} of {repeats}'}")
+                record = _timed(arm, repeat)
+                if repeat != WARM_UP:
+                    runs[name].append(record)
     return runs
+
+
+@contextlib.contextmanager
+def _cheap_collections() -> Iterator[None]:
+    """What is there already is not looked through by every collection: libraries are a million objects."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _timed(arm: Arm, repeat: int) -> Record:

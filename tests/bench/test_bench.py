@@ -34,6 +34,7 @@ def decoded():
     return decode.run(points, Stock(), Options(repeats=2), quiet)
 
 
+@pytest.mark.slow
 def test_decode_measures_all_arms_on_the_same_work(decoded):
     centre, step, lora_step, small_part, batch = decoded.cases
     fixed = f"{decode.SPECULATED}, 3 drafted"
@@ -75,6 +76,7 @@ def test_points_begin_with_the_centre_and_have_names_of_their_own(is_quick):
 # ---- memory
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_finds_weights_and_peak():
     load = Load(FUSED, strong=24_000_000, small=4_000_000, prompt=6, output=6, speculate=2)
     found = memory.in_own_process(load)
@@ -180,6 +182,7 @@ def test_the_page_in_the_repository_is_that_of_the_results():
     assert (page.read_text(encoding="utf-8") if page.exists() else None) == expected, "run `python -m bench report`"
 
 
+@pytest.mark.slow
 def test_a_bench_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decode, "points", lambda is_quick: [Point("one", SPEC, output=4, prompt=6, is_brief=True)])
     words = ["decode", "--quick", "--output", str(tmp_path), "--repeats", "1", "--threads", "1", "--json"]
