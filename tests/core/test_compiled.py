@@ -57,10 +57,10 @@ def check_agreement(strong, base, expert, alpha_max=ALPHA_MAX):
 
 
 @pytest.mark.parametrize("alpha_max", [0.0, 0.3, 2.0, 10.0])
-@pytest.mark.parametrize("vocab", [5, 40, 300])
+@pytest.mark.parametrize("vocab", [5, 40, 300, 4000])
 @pytest.mark.parametrize("name", LAWS)
 def test_the_compiled_search_is_the_plain_one(name, vocab, alpha_max):
-    rows = 200 if vocab < 100 else 40
+    rows = {5: 200, 40: 200, 300: 40, 4000: 12}[vocab]
     check_agreement(*draw_laws(name, rows=rows, vocab=vocab, seed=vocab), alpha_max=alpha_max)
 
 
@@ -80,6 +80,49 @@ def test_moments_are_the_plain_ones(name):
         assert ((found.log_partition - truth.log_partition).abs() <= 1e-12 * (1 + scale)).all()
         assert ((found.mean - truth.mean).abs() <= 1e-11 * (1 + scale)).all()
         assert ((found.variance - truth.variance).abs() <= 1e-10 * (1 + scale**2)).all()
+
+
+def gathered(pull, row, half):
+    """A row's tokens as the search of large vocabularies holds them: listed ones and moments."""
+    from trimtab.core import kernel
+
+    vocab = pull.family.strong.shape[-1]
+    log_probs, deltas, moments = (torch.zeros(n, dtype=torch.float64).numpy() for n in (vocab + 8, vocab + 8, 18))
+    strong, base, experts = pull.family._members
+    known = pull.family._known[row]
+    count = kernel._gather(strong[row], base[row], experts[0, row], known, half, log_probs, deltas, moments)
+
+    def at(alpha):
+        return kernel._gathered_moments(log_probs[:count], deltas[:count], moments, known[kernel.MIDDLE], half, alpha)
+
+    return count, at
+
+
+@pytest.mark.parametrize("alpha_max", [0.3, 2.0, 10.0])
+@pytest.mark.parametrize("name", LAWS)
+def test_moments_hold_tokens_within_the_stated_bound(name, alpha_max):
+    ours, plain = pulls(*draw_laws(name, rows=6, vocab=4099, seed=11))
+    for row in range(6):
+        _, at = gathered(ours, row, alpha_max / 2)
+        for share in (0.0, 0.01, 0.4, 0.77, 1.0):
+            alpha = torch.full((1, 6), share * alpha_max, dtype=torch.float64)
+            truth = plain.family.at(alpha)
+            value, mean, variance = (float(x[0, row]) for x in (truth.log_partition, truth.mean, truth.variance))
+            found = at(share * alpha_max)
+            # The bound on what moments leave out, and rounding of sums of numbers of this size.
+            rounding = 2e-14 * (1 + value + float(plain.family.delta[0, row].abs().max()))
+            assert abs(found[0] - value) <= 1e-13 + rounding
+            assert abs(found[1] - mean) <= 1e-13 * (1 + abs(mean)) + 10 * rounding * (1 + abs(mean))
+            most = 3 * (1 + abs(mean)) ** 2 + variance
+            assert abs(found[2] - variance) <= (1e-13 + 10 * rounding) * most
+
+
+def test_moments_hold_most_of_a_large_vocabulary():
+    strong, base, experts = draw_members(1, 50_000, count=1, seed=4)
+    listed, _ = gathered(measure_pull(2 * strong, base, experts), 0, half=1.0)
+    assert 0 < listed < 0.3 * 50_000
+    listed, _ = gathered(measure_pull(2 * strong, base, base[None]), 0, half=1.0)
+    assert listed == 0  # a delta of zero needs no list at all
 
 
 @pytest.mark.parametrize("name", LAWS)

@@ -77,9 +77,9 @@ class CompiledFamily:
         self._members = tuple(law.detach().contiguous().numpy() for law in (strong, base, experts))
         self._shape = experts.shape[:2]
         self._count = 0
-        self._known = np.empty((experts.shape[0] * experts.shape[1], 5))
+        self._known = np.empty((experts.shape[0] * experts.shape[1], 6))
         self._run(lambda kernel, a, b: kernel.survey(*self._members, a, b, self._known))
-        known = torch.from_numpy(self._known).view(*self._shape, 5)
+        known = torch.from_numpy(self._known).view(*self._shape, 6)
         self.forward, self.reverse = known[..., 3], known[..., 4]
 
     @property

@@ -34,9 +34,9 @@ from trimtab.core.tolerances import (
 # Sums of exponentials outside this range may have lost tokens at an end of float64: they are made again, shifted.
 LOWEST_SUM, HIGHEST_SUM = 1e-100, 1e290
 
-# What is known of a row before its search: log of the strong model's mass, the delta's mean and variance under it, and
-# the two divergences of base and expert.
-LOG_MASS, CENTRE, SPREAD, FORWARD, REVERSE = range(5)
+# What is known of a row before its search: log of the strong model's mass, the delta's mean and variance under it, the
+# two divergences of base and expert, and the centred delta's plain mean over the vocabulary.
+LOG_MASS, CENTRE, SPREAD, FORWARD, REVERSE, MIDDLE = range(6)
 
 # A node: alpha, A, A' and A''. An interval's notes are those of `match`.
 ALPHA, LOG_PARTITION, MEAN, VARIANCE = range(4)
@@ -130,15 +130,17 @@ def _delta(base, expert):
 @_summing
 @no_type_check
 def _sums(strong, base, expert, strong_top, base_top, expert_top):
-    """Masses of the three laws, the first and second moment of delta under strong, its means under base and expert.
+    """Masses of the three laws, the first and second moment of delta under strong, its first under base and expert, and
+    its sum over tokens.
 
     Each law is read relative to its `top`; base and expert count on the tokens that both allow.
     """
-    mass = first = second = base_mass = base_first = expert_mass = expert_first = 0.0
+    mass = first = second = base_mass = base_first = expert_mass = expert_first = total = 0.0
     for token in range(strong.shape[0]):
         q, t = np.float64(base[token]), np.float64(expert[token])
         is_shared = (q > RULED_OUT_NATS) & (t > RULED_OUT_NATS)
         delta = t - q if is_shared else 0.0
+        total += delta
         p = _exp(np.float64(strong[token]) - strong_top)
         mass += p
         p *= delta
@@ -150,7 +152,7 @@ def _sums(strong, base, expert, strong_top, base_top, expert_top):
         p = _exp(t - expert_top) if is_shared else 0.0
         expert_mass += p
         expert_first += p * delta
-    return mass, first, second, base_mass, base_first, expert_mass, expert_first
+    return mass, first, second, base_mass, base_first, expert_mass, expert_first, total
 
 
 @_exact
@@ -183,18 +185,18 @@ def survey(strong, base, experts, start, stop, known):
 
     strong, base  [batch, vocab]          log-probabilities, float32 or float64; a constant added to a row cancels
     experts       [expert, batch, vocab]
-    known         [expert * batch, 5]     written
+    known         [expert * batch, 6]     written
     """
     for row in range(start, stop):
         b = row % strong.shape[0]
         p, q, t = strong[b], base[b], experts[row // strong.shape[0], b]
         tops = (0.0, 0.0, 0.0)
-        mass, first, second, base_mass, base_first, expert_mass, expert_first = _sums(p, q, t, 0.0, 0.0, 0.0)
+        mass, first, second, base_mass, base_first, expert_mass, expert_first, total = _sums(p, q, t, 0.0, 0.0, 0.0)
         # Log-probabilities sum to 1 as they are. Only where a row was moved by a constant are its tops needed.
         is_fine = _is_whole(mass) & ((base_mass == 0.0) | (_is_whole(base_mass) & _is_whole(expert_mass)))
         if not is_fine:
             tops = _tops(p, q, t)
-            mass, first, second, base_mass, base_first, expert_mass, expert_first = _sums(p, q, t, *tops)
+            mass, first, second, base_mass, base_first, expert_mass, expert_first, total = _sums(p, q, t, *tops)
         centre = first / mass
         spread = second / mass - centre * centre
         known[row, LOG_MASS] = math.log(mass) + tops[0]
@@ -203,6 +205,7 @@ def survey(strong, base, experts, start, stop, known):
         if spread < 1e-6 * centre * centre:
             spread = _moments(p, q, t, known[row, LOG_MASS], centre, 0.0)[2]
         known[row, SPREAD] = max(spread, 0.0)
+        known[row, MIDDLE] = total / p.shape[0] - centre
         known[row, FORWARD] = known[row, REVERSE] = 0.0
         if base_mass > 0.0 or base_mass != base_mass:
             offset = math.log(expert_mass) + tops[2] - math.log(base_mass) - tops[1]
@@ -290,6 +293,164 @@ def speak(strong, base, experts, known, alpha, expert, start, stop, law, moved):
         _write_law(p, q, t, log_mass + log_partition + factor * centre, factor, law[b])
         there, back = factor * mean - log_partition, log_partition
         moved[0, b], moved[1, b] = 0.0 if there < 0.0 else there, 0.0 if back < 0.0 else back
+
+
+# ---- the family at one alpha, from moments and the few tokens that moments do not hold
+#
+# With h = alpha_max / 2, c the delta's plain mean and y = d - c, a token's share of Z at alpha = h + b is
+#
+#     p e^(alpha d) = w e^(b c) e^(b y)     where  w = p e^(h d)  and  |b| <= h
+#
+# so that any set of tokens is summed once and for all by its moments M_k = sum of w y^k, k = 0 to ORDER:
+#
+#     Z(alpha) = e^(b c) sum_k b^k M_k / k!      and Z', Z'' likewise
+#
+# What is left out of a token's Z, Z' and Z'' is at most (1/h + |c|)^2 x^(ORDER + 1) / (ORDER - 1)! e^B, where x = h |y|
+# and B = log p + h (d + |y| + |c|): Lagrange's remainder, with w e^(bc) max(1, e^(by)) <= e^B. Tokens for which this is
+# at most TRUNCATION / vocab are summed by moments, the others one by one. Because Z >= 1 (the delta is centred), A is
+# wrong by at most TRUNCATION to first order, A' by (1 + |A'|) times as much and A'' by 3 (1 + |A'|)^2 + A'' times as
+# much. Unlikely tokens, small deltas and tokens that members rule out all qualify: most of a large vocabulary.
+
+ORDER = 16
+TRUNCATION = 1e-13
+WORTH_MOMENTS = 2048  # in smaller vocabularies one by one is faster
+BLOCK = 1024
+# log x is bounded from above by its tangents at these places, so that no logarithm is taken.
+TOUCHING = (0.35, 0.7, 1.4, 2.8)
+
+
+@_summing
+@no_type_check
+def _sort_out(strong, base, expert, log_mass, centre, middle, half, gates, levels, weight, y, is_far):
+    """One block of tokens: log p, w, y, and whether moments cannot hold them; w is 0 then."""
+    first, second, third, fourth = gates
+    for token in range(strong.shape[0]):
+        log_prob = np.float64(strong[token]) - log_mass
+        delta = _delta(base[token], expert[token]) - centre
+        off = delta - middle
+        x = half * abs(off)
+        bound = log_prob + half * (delta + abs(middle)) + x
+        is_held = (bound + (ORDER + 1) / TOUCHING[0] * x <= first) | (bound + (ORDER + 1) / TOUCHING[1] * x <= second)
+        is_held |= (bound + (ORDER + 1) / TOUCHING[2] * x <= third) | (bound + (ORDER + 1) / TOUCHING[3] * x <= fourth)
+        weight[token] = _exp(log_prob + half * delta) if is_held else 0.0
+        levels[token] = log_prob
+        y[token] = off
+        is_far[token] = not is_held
+
+
+@_summing
+@no_type_check
+def _two_moments(weight, y, count):
+    """Sums of w and w y; w becomes w y^2."""
+    even = odd = 0.0
+    for token in range(count):
+        w = weight[token]
+        even += w
+        w *= y[token]
+        odd += w
+        weight[token] = w * y[token]
+    return even, odd
+
+
+@_exact
+@no_type_check
+def _gather(strong, base, expert, known, half, log_probs, deltas, moments):
+    """Sums most tokens by moments and lists the others; returns how many others.
+
+    known               [6]          what is known of the row
+    log_probs, deltas   [vocab + 8]  written: log p and d of the tokens that moments do not hold
+    moments             [ORDER + 2]  written: M_k / k!; the last is scratch
+    """
+    vocab, log_mass, centre, middle = strong.shape[0], known[LOG_MASS], known[CENTRE], known[MIDDLE]
+    levels, weight, y, is_far = np.zeros(BLOCK), np.empty(BLOCK), np.zeros(BLOCK), np.zeros(BLOCK, dtype=np.bool_)
+    eights = is_far.view(np.uint64)
+    level = math.log(TRUNCATION / vocab) + math.lgamma(ORDER) - 2.0 * math.log(max(1.0, 1.0 / half + abs(middle)))
+    gates = (
+        level - (ORDER + 1) * (math.log(TOUCHING[0]) - 1.0),
+        level - (ORDER + 1) * (math.log(TOUCHING[1]) - 1.0),
+        level - (ORDER + 1) * (math.log(TOUCHING[2]) - 1.0),
+        level - (ORDER + 1) * (math.log(TOUCHING[3]) - 1.0),
+    )
+    moments[:] = 0.0
+    count = 0
+    for start in range(0, vocab, BLOCK):
+        size = min(BLOCK, vocab - start)
+        part = slice(start, start + size)
+        is_far[size:] = False
+        _sort_out(
+            strong[part], base[part], expert[part], log_mass, centre, middle, half, gates, levels, weight, y, is_far
+        )
+        for order in range(0, ORDER + 2, 2):
+            even, odd = _two_moments(weight, y, size)
+            moments[order] += even
+            moments[order + 1] += odd
+        for eight in range((size + 7) // 8):
+            if eights[eight] != 0:  # eight tokens are passed over at a time, or listed without a branch
+                for token in range(8 * eight, 8 * eight + 8):
+                    log_probs[count], deltas[count] = levels[token], y[token] + middle
+                    count += np.int64(is_far[token])
+    factorial = 1.0
+    for order in range(2, ORDER + 1):
+        factorial *= order
+        moments[order] /= factorial
+    return count
+
+
+@_summing
+@no_type_check
+def _listed_sums(log_probs, deltas, shift, alpha):
+    """As `_tilted_sums`, of tokens that are listed."""
+    mass = first = second = 0.0
+    for token in range(log_probs.shape[0]):
+        delta = deltas[token]
+        p = _exp(log_probs[token] + alpha * delta - shift)
+        mass += p
+        p *= delta
+        first += p
+        second += p * delta
+    return mass, first, second
+
+
+@_exact
+@no_type_check
+def _held_sums(moments, middle, b, shift):
+    """As `_tilted_sums`, of tokens that moments hold."""
+    value = slope = half_curvature = 0.0
+    for order in range(ORDER, -1, -1):
+        half_curvature = half_curvature * b + slope
+        slope = slope * b + value
+        value = value * b + moments[order]
+    scale = math.exp(b * middle - shift)
+    first = slope + middle * value
+    second = 2.0 * half_curvature + middle * (2.0 * slope + middle * value)
+    return scale * value, scale * first, scale * second
+
+
+@_exact
+@no_type_check
+def _gathered_moments(log_probs, deltas, moments, middle, half, alpha):
+    """A, A' and A'' at alpha."""
+    shift = 0.0
+    mass, first, second = _listed_sums(log_probs, deltas, shift, alpha)
+    if not _is_whole(mass) and log_probs.shape[0] > 0 and mass > 1.0:  # see `_moments`
+        shift = (log_probs + alpha * deltas).max()
+        mass, first, second = _listed_sums(log_probs, deltas, shift, alpha)
+    held = _held_sums(moments, middle, alpha - half, shift)
+    mass, first, second = mass + held[0], first + held[1], second + held[2]
+    mean = first / mass
+    variance = second / mass - mean * mean
+    return math.log(mass) + shift, mean, 0.0 if variance < 0.0 else variance
+
+
+@_exact
+@no_type_check
+def _evaluate(members, known, half, listed, alpha):
+    """A, A' and A'' of one row at alpha, from moments where they were taken, else from the members."""
+    log_probs, deltas, moments = listed
+    if moments.shape[0] > 0:
+        return _gathered_moments(log_probs, deltas, moments, known[MIDDLE], half, alpha)
+    strong, base, expert = members
+    return _moments(strong, base, expert, known[LOG_MASS], known[CENTRE], alpha)
 
 
 # ---- A between two nodes: see `hermite`
@@ -493,13 +654,20 @@ def match(strong, base, experts, known, targets, alpha_max, evaluations, at, wei
     """
     left, right = np.empty((evaluations, 4)), np.empty((evaluations, 4))
     notes, work, node, last = np.empty((evaluations, 6)), np.empty((6, at.shape[0])), np.empty(4), np.empty(4)
+    half = alpha_max / 2
+    is_gathering = strong.shape[1] >= WORTH_MOMENTS and half > 0.0
+    places = strong.shape[1] if is_gathering else 0
+    log_probs, deltas, moments = np.empty(places + 8), np.empty(places + 8), np.empty(ORDER + 2)
     for row in range(start, stop):
         b = row % strong.shape[0]
         p, q, t = strong[b], base[b], experts[row // strong.shape[0], b]
-        log_mass, centre = known[row, LOG_MASS], known[row, CENTRE]
+        listed = (log_probs[:0], deltas[:0], moments[:0])
+        if is_gathering:
+            count = _gather(p, q, t, known[row], half, log_probs, deltas, moments)
+            listed = (log_probs[:count], deltas[:count], moments)
         forward, reverse = targets[0, row], targets[1, row]
         scale = forward * forward + reverse * reverse  # J(0)
-        _set(last, alpha_max, *_moments(p, q, t, log_mass, centre, alpha_max))
+        _set(last, alpha_max, *_evaluate((p, q, t), known[row], half, listed, alpha_max))
         _set(left[0], 0.0, 0.0, 0.0, known[row, SPREAD])
         right[0] = last
         at_last, interval, count = _objective(last, forward, reverse), 0, 1
@@ -512,7 +680,7 @@ def match(strong, base, experts, known, targets, alpha_max, evaluations, at, wei
             interval, alpha = _next(notes, count, best, scale)
             if interval < 0 or count == evaluations - 1:
                 break
-            _set(node, alpha, *_moments(p, q, t, log_mass, centre, alpha))
+            _set(node, alpha, *_evaluate((p, q, t), known[row], half, listed, alpha))
             left[count], right[count], right[interval] = node, right[interval], node
             count += 1
         # Among alphas that differ by rounding only, the smallest: a delta of zero must not move anything.
@@ -566,12 +734,19 @@ def smaller_root(strong, base, experts, known, targets, alpha_max, evaluations, 
     """
     left, right, last = np.empty(4), np.empty(4), np.empty(4)
     node, work = np.empty(4), np.empty((6, at.shape[0]))
+    half = alpha_max / 2
+    is_gathering = strong.shape[1] >= WORTH_MOMENTS and half > 0.0
+    places = strong.shape[1] if is_gathering else 0
+    log_probs, deltas, moments = np.empty(places + 8), np.empty(places + 8), np.empty(ORDER + 2)
     for row in range(start, stop):
         b = row % strong.shape[0]
         p, q, t = strong[b], base[b], experts[row // strong.shape[0], b]
-        log_mass, centre = known[row, LOG_MASS], known[row, CENTRE]
+        listed = (log_probs[:0], deltas[:0], moments[:0])
+        if is_gathering:
+            count = _gather(p, q, t, known[row], half, log_probs, deltas, moments)
+            listed = (log_probs[:count], deltas[:count], moments)
         forward, reverse = targets[0, row], targets[1, row]
-        _set(last, alpha_max, *_moments(p, q, t, log_mass, centre, alpha_max))
+        _set(last, alpha_max, *_evaluate((p, q, t), known[row], half, listed, alpha_max))
         _set(left, 0.0, 0.0, 0.0, known[row, SPREAD])
         right[:] = last
         count, root = 2, alpha_max
@@ -581,7 +756,7 @@ def smaller_root(strong, base, experts, known, targets, alpha_max, evaluations, 
                 near = min(root - left[ALPHA], right[ALPHA] - root)
                 if count == evaluations or not near > CLOSE_ENOUGH:
                     break
-                _set(node, place, *_moments(p, q, t, log_mass, centre, place))
+                _set(node, place, *_evaluate((p, q, t), known[row], half, listed, place))
                 if _excess(node, forward, reverse) >= 0.0:
                     right[:] = node
                 else:
