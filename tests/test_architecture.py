@@ -22,6 +22,7 @@ ALLOWED = {
     "measure": {"core"},
     "zoo": {"core"},
     "logits": {"core", "registry", "measure", "zoo"},
+    "serving": {"core", "logits"},
     "cli": {"core", "registry", "measure", "zoo", "logits"},
     "__main__": {"cli"},
 }
