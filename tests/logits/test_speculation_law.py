@@ -141,7 +141,8 @@ def sampled(fused, batch, draws, **options):
 def p_value(counts, law):
     """Of a chi-square test; texts that are expected fewer than 5 times are counted together."""
     expected = law.double() * counts.sum()
-    assert counts[law == 0].sum() == 0, "a text came out that cannot"
+    if counts[law == 0].sum() > 0:
+        return 0.0  # a text came out that cannot
     order = expected.argsort()
     rare = order[expected[order].cumsum(0) < 5]
     common = torch.ones_like(law, dtype=torch.bool).index_fill(0, rare, False)
@@ -153,7 +154,7 @@ def p_value(counts, law):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=label)
-@pytest.mark.parametrize(("batch", "draws"), [(1, 80), (8, 320), (1000, 16000)])
+@pytest.mark.parametrize(("batch", "draws"), [(1, 80), (8, 320), (1000, 8000)])
 def test_sampling_follows_the_fused_law(members, strategy, batch, draws):
     fused = fused_of(members, strategy)
     torch.manual_seed(7)
@@ -183,7 +184,7 @@ def test_sampling_follows_the_fused_law_whoever_drafts(members, draft, length, m
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
     fused = fused_of(members, "dynamic")
     torch.manual_seed(3)
-    counts = sampled(fused, 1000, 16000, speculate=length, speculate_draft=draft)
+    counts = sampled(fused, 1000, 8000, speculate=length, speculate_draft=draft)
     assert p_value(counts, enumerated(fused)) > 1e-3
 
 
@@ -196,17 +197,17 @@ def test_the_test_sees_a_bonus_from_the_strong_model(members, monkeypatch):
         return honest(self, target, dict(enumerate(strong)), texts, draft)
 
     torch.manual_seed(7)
-    assert p_value(sampled(fused, 1000, 16000), enumerated(fused)) > 1e-3
+    assert p_value(sampled(fused, 1000, 8000), enumerated(fused)) > 1e-3
     monkeypatch.setattr(SpeculativeDecoder, "_with_bonus", from_the_strong_model)
     torch.manual_seed(7)
-    assert p_value(sampled(fused, 1000, 16000), enumerated(fused)) < 1e-9
+    assert p_value(sampled(fused, 1000, 8000), enumerated(fused)) < 1e-9
 
 
 def test_the_test_sees_replacements_from_the_fused_law_itself(members, monkeypatch):
     fused = fused_of(members, "dynamic")
     monkeypatch.setattr("trimtab.logits.speculation.decode.residual", lambda target, proposal, rejected: target)
     torch.manual_seed(7)
-    assert p_value(sampled(fused, 1000, 16000), enumerated(fused)) < 1e-9
+    assert p_value(sampled(fused, 1000, 8000), enumerated(fused)) < 1e-9
 
 
 def test_equal_seeds_give_equal_texts(members):

@@ -133,7 +133,7 @@ class SpeculativeDecoder:
         if length == 0:
             serial = []
         texts = self._rows.current
-        last = torch.stack([text[-1:] for text in texts])
+        last = torch.tensor([text[-1:] for text in texts], device=self._rows.device)
         read = dict.fromkeys(range(len(self._reader.lanes)), 0)
         logits: dict[int, Tensor] = {}
         draft = self._draft(drafter, serial, length, texts, last, read, logits)
@@ -179,7 +179,7 @@ class SpeculativeDecoder:
         drafter: Drafter,
         serial: Sequence[int],
         length: int,
-        texts: Sequence[Tensor],
+        texts: Sequence[Sequence[int]],
         last: Tensor,
         read: dict[int, int],
         logits: dict[int, Tensor],
@@ -190,7 +190,7 @@ class SpeculativeDecoder:
             nothing = last.new_zeros((rows, 0))
             return Draft(nothing, last.new_zeros(rows), None)
         if not drafter.members:
-            ids, lengths = drafting.lookups([text.tolist() for text in texts], length)
+            ids, lengths = drafting.lookups(texts, length)
             return Draft(ids.to(last), lengths.to(last.device), None)
         ids = last.new_zeros((rows, 0))
         scores: list[Tensor] = []
@@ -198,7 +198,7 @@ class SpeculativeDecoder:
         for _ in range(length):
             self._read(serial, ids[:, -1:] if scores else last, read, logits)
             law = drafter.law([self._law(run, logits[run][:, -1]) for run in runs])
-            grown = [torch.cat([text, row]) for text, row in zip(texts, ids, strict=True)]
+            grown = _grown(texts, ids)
             scores.append(self._scorer(law.unsqueeze(1), grown, self._rows.active)[:, 0])
             ids = torch.cat([ids, draw(scores[-1], self._do_sample).unsqueeze(-1)], dim=-1)
         return Draft(ids, last.new_full((rows,), length), torch.stack(scores, dim=1))
@@ -222,7 +222,7 @@ class SpeculativeDecoder:
 
     def _law(self, run: int, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row vocab"]:
         """A drafting run's law, where the strong model's stands."""
-        law = scores[:, : self._vocab].to(self._rows.texts[0].device, torch.float32).log_softmax(dim=-1)
+        law = scores[:, : self._vocab].to(self._rows.device, torch.float32).log_softmax(dim=-1)
         if bool(law[:, 0].isnan().any()):
             row = int(law[:, 0].isnan().nonzero()[0])
             place = self._rows.active[row]
@@ -231,16 +231,17 @@ class SpeculativeDecoder:
 
     # ---- the fused law
 
-    def _target(self, logits: dict[int, Tensor], kept: int, texts: Sequence[Tensor], ids: Tensor) -> Target:
+    def _target(self, logits: dict[int, Tensor], kept: int, texts: Sequence[Sequence[int]], ids: Tensor) -> Target:
         """The fused law behind the last token and behind each drafted one: `kept` positions."""
         log_probs, weights = self._fuse([logits[run][:, :kept] for run in range(len(self._reader.runs))])
         return Target(log_probs, self._scorer(log_probs, texts, self._rows.active, ids), weights)
 
-    def _with_bonus(self, target: Target, logits: dict[int, Tensor], texts: Sequence[Tensor], draft: Draft) -> Target:
+    def _with_bonus(
+        self, target: Target, logits: dict[int, Tensor], texts: Sequence[Sequence[int]], draft: Draft
+    ) -> Target:
         """The target with the position behind the draft, which the drafter has read by now."""
         log_probs, weights = self._fuse([logits[run][:, -1:] for run in range(len(self._reader.runs))])
-        whole = [torch.cat([text, row]) for text, row in zip(texts, draft.ids, strict=True)]
-        scores = self._scorer(log_probs, whole, self._rows.active)
+        scores = self._scorer(log_probs, _grown(texts, draft.ids), self._rows.active)
         return Target(
             torch.cat([target.log_probs, log_probs], dim=1),
             torch.cat([target.scores, scores], dim=1),
@@ -325,6 +326,11 @@ class SpeculativeDecoder:
             self._reading.keep_rows(torch.tensor(kept))
         for lane, tokens in read.items():
             self._reading.take_back(lane, torch.tensor([tokens - emitted[row] for row in kept]))
+
+
+def _grown(texts: Sequence[Sequence[int]], ids: Tensor) -> list[list[int]]:
+    """Texts with drafted tokens behind them."""
+    return [[*text, *row] for text, row in zip(texts, ids.tolist(), strict=True)]
 
 
 def _finish(logits: Tensor) -> None:

@@ -71,7 +71,7 @@ class Scorer:
     def __call__(
         self,
         log_probs: Float[Tensor, "row kept vocab"],
-        texts: Sequence[Tensor],
+        texts: Sequence[Sequence[int]],
         places: Sequence[int],
         draft: Int[Tensor, "row draft"] | None = None,
     ) -> Float[Tensor, "row kept vocab"]:
@@ -86,21 +86,19 @@ class Scorer:
         rows, kept, vocab = log_probs.shape
         if self._is_free:
             flat = log_probs.reshape(rows * kept, vocab).clone()
-            ids = texts[0].new_zeros((rows * kept, 1))
+            ids = torch.zeros((rows * kept, 1), dtype=torch.long, device=flat.device)
             return self._processors(ids, flat).view(rows, kept, vocab)  # type: ignore[no-any-return]
+        drafted: list[list[int]] = [[]] * rows if draft is None else draft.tolist()
         scores = [
-            [self._at(log_probs[row, at], _text(texts[row], draft, row, at), places[row]) for at in range(kept)]
+            [self._at(log_probs[row, at], [*texts[row], *drafted[row][:at]], places[row]) for at in range(kept)]
             for row in range(rows)
         ]
         return torch.stack([torch.stack(row) for row in scores])
 
-    def _at(self, law: Float[Tensor, " vocab"], ids: Int[Tensor, " time"], place: int) -> Float[Tensor, " vocab"]:
+    def _at(self, law: Float[Tensor, " vocab"], text: Sequence[int], place: int) -> Float[Tensor, " vocab"]:
         """One position of one row. A processor that is not known to go by the row alone sees a whole batch of copies,
         so that it finds the row where it expects it."""
         copies = 1 if self._is_row_wise else self._batch
-        scores = self._processors(ids.expand(copies, -1), law.expand(copies, -1).clone())
+        ids = torch.tensor([text], device=law.device).expand(copies, -1)
+        scores = self._processors(ids, law.expand(copies, -1).clone())
         return scores[0 if copies == 1 else place]  # type: ignore[no-any-return]
-
-
-def _text(text: Tensor, draft: Tensor | None, row: int, at: int) -> Tensor:
-    return text if draft is None or at == 0 else torch.cat([text, draft[row, :at]])

@@ -12,15 +12,16 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 class Rows:
     """What was emitted for each row of the call, and which rows still go on.
 
-    texts     per row of the call: prompt (with its padding) and what was emitted, [time]
+    texts     per row of the call: token ids of the prompt (with its padding) and of what was emitted
     active    the rows that go on, as places in `texts`, in the order of the members' caches
     """
 
     def __init__(
         self, prompts: Int[Tensor, "row time"], stopping: Sequence[Any], streamer: Any, keeps_scores: bool
     ) -> None:
-        self.texts = list(prompts)
+        self.texts: list[list[int]] = prompts.tolist()
         self.active = list(range(len(prompts)))
+        self.device = prompts.device
         self.scores: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in prompts] if keeps_scores else None
         self._prompt_length = prompts.shape[1]
         self._streamer = streamer
@@ -31,7 +32,7 @@ class Rows:
         self._others = [c for c in stopping if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
 
     @property
-    def current(self) -> list[Tensor]:
+    def current(self) -> list[list[int]]:
         """The texts of the rows that go on."""
         return [self.texts[place] for place in self.active]
 
@@ -58,32 +59,32 @@ class Rows:
 
     def _extend(self, place: int, tokens: Sequence[int], laws: Sequence[tuple[Tensor, Tensor]]) -> bool:
         """Appends tokens to one row until it ends; whether it did."""
-        text, count, is_done = self.texts[place], 0, False
-        new = text.new_tensor(tokens)
-        for count, token in enumerate(tokens, start=1):
-            so_far = torch.cat([text, new[:count]]) if self._others else None
-            is_done = self._is_done(token, len(text) + count, so_far)
+        text, is_done = self.texts[place], False
+        before = len(text)
+        for token in tokens:
+            text.append(token)
+            is_done = self._is_done(text)
             if self._streamer is not None:
-                self._streamer.put(new[count - 1 : count].cpu())
+                self._streamer.put(torch.tensor([token]))
             if is_done:
                 break
-        self.texts[place] = torch.cat([text, new[:count]])
         if self.scores is not None:
-            self.scores[place] += list(laws[:count])
+            self.scores[place] += list(laws[: len(text) - before])
         return is_done
 
-    def _is_done(self, token: int, length: int, text: Tensor | None) -> bool:
-        if token in self._ends or (self._max_length is not None and length >= self._max_length):
+    def _is_done(self, text: list[int]) -> bool:
+        if text[-1] in self._ends or (self._max_length is not None and len(text) >= self._max_length):
             return True
-        return text is not None and any(bool(criteria(text.unsqueeze(0), None).any()) for criteria in self._others)
+        ids = torch.tensor([text], device=self.device) if self._others else None
+        return any(bool(criteria(ids, None).any()) for criteria in self._others)
 
     def finish(self, pad_id: int) -> Int[Tensor, "row time"]:
         """All texts, filled up with padding on the right."""
         if self._streamer is not None:
             self._streamer.end()
         longest = max(len(text) for text in self.texts)
-        padded = [torch.cat([text, text.new_full((longest - len(text),), pad_id)]) for text in self.texts]
-        return torch.stack(padded)
+        padded = [text + [pad_id] * (longest - len(text)) for text in self.texts]
+        return torch.tensor(padded, device=self.device)
 
     def laws(self, pad_id: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Scores and logits of every step, [row, vocab] each; where a row has ended, the padding is certain."""
