@@ -1,0 +1,135 @@
+"""What vLLM samples from, scores with and constrains is the fused law."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from engines import engine, served
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import StructuredOutputsParams
+
+from trimtab import FusedCausalLM, make_strategy
+from trimtab.core.errors import MemberMismatch
+from trimtab.registry import AMOUNTS, CHOOSERS
+
+PROMPT = "Q: Who lives in the north?\nA:"
+STATIC = {"amount": "static", "chooser": "paper", "settings": {"alpha": 0.7}}
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return FusedCausalLM.from_members(
+        "zoo:strong", "zoo:small", {"math": "zoo:small/arithmetic", "facts": "zoo:small/facts"}
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(fused, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("law") / "fused"
+    fused.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(directory):
+    """One engine for this file, started with another strategy than the directory's."""
+    with engine(directory, hf_overrides={"strategy": STATIC}, max_logprobs=20) as llm:
+        yield llm
+
+
+@pytest.fixture
+def ids(fused):
+    return fused.tokenizer(PROMPT)["input_ids"]
+
+
+def told(entries):
+    """{token: log-probability} of one position."""
+    return {token: entry.logprob for token, entry in entries.items()}
+
+
+def check_law(entries, log_probs):
+    for token, value in told(entries).items():
+        assert value == pytest.approx(float(log_probs[token]), abs=1e-3)
+
+
+def test_log_probabilities_are_the_fused_ones_with_the_strategy_asked_for(fused, llm, ids):
+    output = served(llm, [ids], logprobs=5, prompt_logprobs=5, max_tokens=8)[0]
+    new = list(output.outputs[0].token_ids)
+    read = torch.tensor([ids + new])
+    fused.strategy = STATIC
+    laws = fused(read, use_cache=False).logits[0]
+    strong = fused.members.strong.model(read).logits[0].detach().log_softmax(-1)
+    for place, entries in enumerate(output.outputs[0].logprobs):
+        check_law(entries, laws[len(ids) + place - 1])
+    for place, entries in enumerate(output.prompt_logprobs[1:]):
+        check_law(entries, laws[place])
+    # The strong model alone would have said something else.
+    assert (laws - strong).abs().max() > 0.1
+    fused.strategy = "dynamic"
+
+
+PAIRS = [(amount, "paper") for amount in AMOUNTS] + [("dynamic", "confident"), ("dynamic", "only"), ("static", "sum")]
+
+
+@pytest.mark.parametrize(("amount", "chooser"), PAIRS)
+def test_every_strategy_is_the_transformers_engines(fused, llm, ids, amount, chooser):
+    settings = {"expert": "facts"} if chooser == "only" else {}
+    assert {name for _, name in PAIRS} == set(CHOOSERS)
+    strategy = make_strategy(amount, chooser, ("math", "facts"), **settings)
+
+    def change(model):
+        model.plan = dataclasses.replace(model.plan, strategy=strategy)
+
+    llm.apply_model(change)
+    llm.reset_prefix_cache()
+    output = served(llm, [ids], logprobs=5, max_tokens=6)[0].outputs[0]
+    fused.strategy = strategy
+    laws = fused(torch.tensor([ids + list(output.token_ids)]), use_cache=False).logits[0, len(ids) - 1 :]
+    fused.strategy = "dynamic"
+    for place, entries in enumerate(output.logprobs):
+        check_law(entries, laws[place])
+
+
+def test_samples_follow_the_seed_and_the_fused_law(fused, llm, ids):
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=1, logprobs=0) for seed in range(400)]
+    prompts = [{"prompt_token_ids": ids}] * len(params)
+    drawn = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+    tokens = [[output.outputs[0].token_ids[0] for output in outputs] for outputs in drawn]
+    assert tokens[0] == tokens[1]
+    # The engine's strategy is the last test's or the first one's: what it says itself is the law to compare with.
+    law = told(served(llm, [ids], max_tokens=1, logprobs=20)[0].outputs[0].logprobs[0])
+    likeliest, log_prob = max(law.items(), key=lambda pair: pair[1])
+    share = tokens[0].count(likeliest) / len(params)
+    probability = float(torch.tensor(log_prob).exp())
+    assert abs(share - probability) < 4 * (probability * (1 - probability) / len(params)) ** 0.5 + 1e-3
+
+
+def test_stop_strings_end_a_text(llm, ids):
+    free = served(llm, [ids], max_tokens=16, ignore_eos=True)[0].outputs[0].text
+    word = free.split()[2]
+    stopped = served(llm, [ids], max_tokens=16, ignore_eos=True, stop=[word])[0].outputs[0]
+    assert stopped.text == free[: free.index(word)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_structured_output_allows_nothing_else(llm, ids):
+    choices = [" a red house", " two boats"]
+    output = served(llm, [ids], structured_outputs=StructuredOutputsParams(choice=choices))[0].outputs[0]
+    assert output.text in choices
+
+
+def test_a_member_that_has_changed_is_refused(directory, tmp_path):
+    content = json.loads((directory / "config.json").read_text())
+    content["strong"]["digest"] = "sha256:0"
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(MemberMismatch, match="member 'strong' has changed"), engine(tmp_path):
+        pass
+
+
+def test_pipeline_parallelism_is_refused(directory):
+    with pytest.raises(NotImplementedError, match="Pipeline parallelism is not supported"):
+        EngineArgs(model=str(directory), pipeline_parallel_size=2).create_engine_config()

@@ -1,0 +1,192 @@
+"""What the plug-in does without vLLM: plans, refusals, merged adapters, rows, drafts, the entry point."""
+
+import importlib
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import tiny
+from trimtab import FusedCausalLM
+from trimtab.core.errors import BadSetting, MemberMismatch, UnknownName, UnreadableModel, VocabularyMismatch
+from trimtab.logits import saving
+from trimtab.logits.strategy import make_strategy
+from trimtab.serving import plugin
+from trimtab.serving.drafting import speculative_config
+from trimtab.serving.merging import merged
+from trimtab.serving.plan import Body, check_body, check_complete, make_plan
+from trimtab.serving.rows import fuse_rows
+
+ROOT = Path(__file__).parents[2]
+# peft asks transformers for a property that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """strong, base, math, an adapter of the base, and a fused directory of them."""
+    folder = tmp_path_factory.mktemp("served")
+    base = tiny.make(seed=1)
+    models = {"strong": tiny.make(seed=0, width=48, layers=3), "base": base, "math": tiny.tuned(base, 10)}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tiny.make_tokenizer().save_pretrained(folder / name)
+    bare = tiny.make(seed=1)
+    bare.name_or_path = str(folder / "base")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        adapter = get_peft_model(bare, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, bias="none"))
+    adapter.save_pretrained(folder / "adapter")
+    save(folder, {"math": "math", "facts": "adapter"}, "fused")
+    return folder
+
+
+def save(folder, experts, name, **options):
+    fused = FusedCausalLM.from_members(
+        str(folder / "strong"),
+        str(folder / "base"),
+        {key: str(folder / part) for key, part in experts.items()},
+        **options,
+    )
+    fused.save_pretrained(folder / name)
+    return fused
+
+
+def plan_of(folder, name="fused", **changes):
+    config = saving.read_config(folder / name)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return make_plan(config, folder / name)
+
+
+def test_a_plan_names_every_body_once_and_every_member(folder):
+    plan = plan_of(folder)
+    assert [(body.key, body.directory.name) for body in plan.bodies] == [
+        ("strong", "strong"),
+        ("base", "base"),
+        ("expert_0", "math"),
+        ("expert_1", "base"),
+    ]
+    assert [body.adapter and body.adapter.name for body in plan.bodies] == [None, None, None, "adapter"]
+    assert plan.body_of == (0, 1, 2, 3)
+    assert plan.vocab_size == tiny.VOCAB
+    assert plan.strategy.expert_names == ("math", "facts")
+
+
+def test_members_that_are_the_same_model_are_one_body(folder):
+    save(folder, {"math": "math", "again": "math", "nothing": "base"}, "shared")
+    plan = plan_of(folder, "shared")
+    assert [body.key for body in plan.bodies] == ["strong", "base", "expert_0"]
+    assert plan.body_of == (0, 1, 2, 2, 1)
+
+
+def test_body_names_hold_no_number_of_their_own(folder):
+    """vLLM counts layers by the numbers between dots."""
+    assert not any(part.isdigit() for body in plan_of(folder).bodies for part in body.key.split("."))
+
+
+def test_prompts_of_members_own_are_refused(folder):
+    with pytest.raises(BadSetting, match="math read prompts of their own"):
+        plan_of(folder, prompts={"math": {"template": "Solve: {prompt}"}})
+    assert plan_of(folder, prompts={"math": {}}).body_of == (0, 1, 2, 3)
+
+
+def test_a_strong_model_that_is_an_adapter_is_refused(folder):
+    with pytest.raises(MemberMismatch, match=r"the strong model .* is an adapter"):
+        plan_of(folder, strong={"where": str(folder / "adapter")})
+
+
+def test_a_member_that_has_changed_is_refused(folder):
+    reference = json.loads((folder / "fused" / "config.json").read_text())["strong"]
+    with pytest.raises(MemberMismatch, match="member 'strong' has changed"):
+        plan_of(folder, strong={**reference, "digest": "sha256:0"})
+
+
+def test_what_a_body_cannot_do_is_refused(folder):
+    body = plan_of(folder).bodies[0]
+    config = tiny.config_of("llama")  # 4 heads, 2 key-value heads
+    for processes in (1, 2, 4):
+        check_body(body, config, tiny.VOCAB, processes)
+    with pytest.raises(BadSetting, match="3 processes cannot share"):
+        check_body(body, config, tiny.VOCAB, 3)
+    with pytest.raises(VocabularyMismatch, match=f"scores {tiny.VOCAB} tokens, {tiny.VOCAB + 1} are fused"):
+        check_body(body, config, tiny.VOCAB + 1, 1)
+    config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UnreadableModel, match="is quantized"):
+        check_body(body, config, tiny.VOCAB, 1)
+
+
+def test_missing_weights_are_refused():
+    body = Body("expert_0", "math", Path("somewhere"))
+    check_complete(body, ["a", "b"], {"a", "b", "c"})
+    check_complete(body, ["a"], None)
+    with pytest.raises(UnreadableModel, match=r"lacks 1 of its weights, such as b\."):
+        check_complete(body, ["a", "b"], {"a"})
+
+
+def test_a_merged_adapter_gives_the_logits_of_the_adapter(folder):
+    ids = torch.arange(4, 20).unsqueeze(0)
+    fused = FusedCausalLM.from_pretrained(folder / "fused")
+    expert = fused.reader.read_alone(fused.members.experts["facts"], ids)
+    base = fused.reader.read_alone(fused.members.base, ids)
+    with merged("facts", folder / "base", folder / "adapter") as directory:
+        own = type(tiny.make()).from_pretrained(directory)
+        assert directory.is_dir()
+    assert not directory.exists()
+    with torch.no_grad():
+        found = own(ids).logits
+    torch.testing.assert_close(found, expert, atol=1e-4, rtol=1e-4)
+    assert (found - base).abs().max() > 0.1
+
+
+def test_a_model_without_adapter_is_not_copied(folder):
+    with merged("math", folder / "math", None) as directory:
+        assert directory == folder / "math"
+    assert (folder / "math" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("amount", ["dynamic", "static"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_rows_are_fused_as_the_transformers_engine_fuses_them(folder, amount, rows, monkeypatch):
+    fused = save(folder, {"math": "math", "nothing": "base"}, f"rows-{amount}-{rows}", strategy=amount)
+    ids = torch.arange(4, 4 + rows).unsqueeze(0)
+    wanted = fused(ids).logits[0]
+    bodies = (fused.members.strong, fused.members.base, fused.members.experts["math"])
+    # Padding rows of an output layer are cut.
+    logits = [torch.nn.functional.pad(member.model(ids).logits[0].detach(), (0, 3), value=50.0) for member in bodies]
+    for numbers in (2**22, 4 * tiny.VOCAB * 2):  # all at once, and two rows at a time
+        monkeypatch.setattr("trimtab.serving.rows.CHUNK_NUMBERS", numbers)
+        found = fuse_rows(logits, (0, 1, 2, 1), fused.strategy, tiny.VOCAB)
+        assert found.shape == (rows, tiny.VOCAB)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_a_narrow_type_are_fused_in_float32():
+    logits = [torch.randn(3, 9, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(3)]
+    fused = fuse_rows(logits, (0, 1, 2), make_strategy("dynamic"), 9)
+    assert fused.dtype == torch.float32
+    torch.testing.assert_close(fused.exp().sum(-1), torch.ones(3))
+
+
+def test_who_drafts_is_told_to_vllm(folder):
+    told = speculative_config(folder / "fused", "math", tokens=3)
+    assert told == {"method": "draft_model", "model": str((folder / "math").resolve()), "num_speculative_tokens": 3}
+    with pytest.raises(UnknownName, match="did you mean 'math'"):
+        speculative_config(folder / "fused", "maths")
+    with pytest.raises(BadSetting, match="'facts' is an adapter"):
+        speculative_config(folder / "fused", "facts")
+    with pytest.raises(BadSetting, match="a draft has 0 tokens"):
+        speculative_config(folder / "fused", "math", tokens=0)
+
+
+def test_the_entry_point_names_what_is_there(folder):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, name = project["entry-points"]["vllm.general_plugins"]["trimtab"].split(":")
+    assert getattr(importlib.import_module(module), name) is plugin.register
+    assert json.loads((folder / "fused" / "config.json").read_text())["architectures"] == [plugin.ARCHITECTURE]
+    file, kind = plugin.MODEL.split(":")
+    source = ROOT / "src" / f"{file.replace('.', '/')}.py"
+    assert f"class {kind}(" in source.read_text(encoding="utf-8")
