@@ -115,7 +115,7 @@ def test_equal_work_is_measured_once_per_repeat(monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "in_own_process", lambda load: asked.append(load) or {"mib": 1.0, "weights_mib": 1.0})
     peaks, base = memory.Peaks(), Load(FUSED, experts=("arithmetic", "facts"))
-    for load in (base, Load("strong", experts=("facts",)), Load("strong", is_lora=True)):
+    for load in (base, Load("strong", experts=("facts",)), Load("strong", is_lora=True, speculate=4)):
         peaks.of(load, 0)
     peaks.of(Load("strong"), 1)
     assert [load.who for load in asked] == ["fused", "strong", "strong"]
@@ -174,6 +174,9 @@ def test_the_worst_place_counts():
     name, ratio = bar.worst({"cases": [vars(case)]})
     assert (name, ratio.median, bar.is_met(ratio)) == ("2 LoRA experts, ours speculated", 1.2, False)
     assert bar.worst({"cases": []}) is None
+    fast, slow = (vars(rates(strong_alone=[10.0], ours_speculated=[rate])) for rate in (30.0, 15.0))
+    name, ratio = bars.BARS[0].worst({"cases": [fast, slow]})
+    assert (ratio.median, bars.BARS[0].is_met(ratio)) == (1.5, False)
 
 
 def test_the_page_in_the_repository_is_that_of_the_results():
