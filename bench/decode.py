@@ -109,6 +109,7 @@ def run(chosen: list[Point], stock: Stock, options: Options, progress: Progress)
 NOTES = [
     "Members: zoo models with silent blocks on top (same logits, more cost). Strategy of 'ours': dynamic.",
     "Tokens per strong call are counted per row and include the reading of the prompt.",
+    "Members alone and published loops read adapters merged into models of their own, which is the fastest way.",
     "Positions from 256 on were never trained: points with longer texts show cost, not natural acceptance.",
 ]
 

@@ -266,10 +266,11 @@ def plot(findings: Findings, file: Path) -> None:
     from matplotlib.figure import Figure
 
     cases = [case for case in findings.cases if case.reference in case.runs]
-    columns = min(3, len(cases))
-    rows = -(-len(cases) // columns)
-    figure: Any = Figure(figsize=(5.2 * columns, 3.4 * rows), facecolor="white", layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    columns = min(3 if len(cases) <= 12 else 4, max(1, len(cases)))
+    rows = max(1, -(-len(cases) // columns))
+    arms = max((len(case.runs) for case in cases), default=1)
+    figure: Any = Figure(figsize=(5.2 * columns, (1.0 + 0.3 * arms) * rows), facecolor="white", layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.set_visible(False)
     for panel, case in zip(panels, cases, strict=False):
@@ -291,7 +292,7 @@ def _bars(panel: Any, case: Case) -> None:
     for place, one in enumerate(spreads):
         panel.text(one.high, place, f" {one.median:.2f}", va="center", fontsize=8, color=INK)
     panel.axvline(1.0, color=SOFT, linewidth=0.8)
-    panel.set_title(f"{case.name}: {case.unit}, x {case.reference}", loc="left", fontsize=9, color=INK)
+    panel.set_title(f"{case.name}\n{case.unit}, x {case.reference}", loc="left", fontsize=9, color=INK)
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color(LINE)
     panel.tick_params(colors=SOFT, length=0, labelsize=8)

@@ -77,5 +77,18 @@ def test_tables_and_plots(tmp_path, capsys):
     harness.show(findings)
     shown = capsys.readouterr().out
     assert all(part in shown for part in ("batch 1", "2.50 (2.25 – 2.75)", " 7 ", "–", "C: too long", "a note"))
-    harness.plot(findings, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_case_with_a_reference_has_its_panel(tmp_path):
+    from matplotlib.image import imread
+
+    one = case_of({"A": records(1.0, 2.0), "B": records(2.0, 6.0)})
+    apart = case_of({"B": records(2.0)})
+    for cases, panels in (([one], 1), ([one, apart, one], 2)):
+        harness.plot(Findings("Title", {}, cases), tmp_path / "plot.png")
+        pixels = imread(tmp_path / "plot.png")[..., :3]
+        assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+        for part in range(panels):
+            width = pixels.shape[1] // panels
+            shown = pixels[60:, part * width : (part + 1) * width]
+            assert (shown < 0.9).any(axis=-1).mean() > 0.05  # bars, not an empty page
