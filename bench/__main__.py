@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,8 @@ def run(name: str, options: Options, as_json: bool = False) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     findings = import_module(f"bench.{name}").measure(options, _progress(name))
     if not findings.cases:
-        raise InputError(f"no case of bench '{name}' is called '{options.only}'.", fix="leave --only out.")
+        asked = f"no case of bench '{name}' is called '{options.only}', or none could be had."
+        raise InputError(asked, findings.notes[-1] if findings.notes else "", "leave --only out, or change the sizes.")
     found = harness.document(name, findings, options)
     # An interrupted or partial run leaves the whole one alone.
     label = f"{name}-{options.only}" if options.only else name
@@ -75,7 +77,7 @@ def _progress(name: str) -> harness.Progress:
 
 
 def _options(asked: argparse.Namespace) -> Options:
-    return Options(asked.quick, asked.output, asked.threads, asked.repeats, asked.only, asked.machine)
+    return Options(**{setting.name: getattr(asked, setting.name) for setting in fields(Options)})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,13 +86,15 @@ def _parser() -> argparse.ArgumentParser:
         description=f"Measure alternatives side by side, as ratios. Example: {EXAMPLE}",
     )
     parser.add_argument("name", choices=(*BENCHES, "all", "report"), help="which bench; report writes the page")
-    parser.add_argument("--quick", action="store_true", help="a small form, under two minutes")
+    parser.add_argument("--quick", dest="is_quick", action="store_true", help="a small form, under two minutes")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the results")
     parser.add_argument("--threads", type=_count, help="threads of torch (default: one per core)")
     parser.add_argument("--repeats", type=_count, help="how often each arm runs (default: the bench's own)")
     parser.add_argument("--only", default="", help="part of a case's name: other cases are left out")
     parser.add_argument("--machine", default="", help="what to call this machine (default: its host name)")
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"), help="where `report` writes")
+    parser.add_argument("--device", default="cpu", help="where the members of decode run, such as cuda (default: cpu)")
+    parser.add_argument("--strong", type=_count, help="parameters of the strong model of decode (default: its own)")
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of tables")
     return parser
 

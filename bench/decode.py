@@ -14,6 +14,7 @@ from torch import Tensor
 from bench import members, published
 from bench.harness import WARM_UP, Arm, Case, Findings, Options, Progress, Record, interleave
 from bench.members import Meter, Spec, Stepper, Stock, Stopwatch, Trio
+from trimtab.core.errors import BadSetting
 from trimtab.zoo import TUNED_TASKS
 
 STRONG, ASSISTED = "strong alone", "strong assisted"
@@ -88,22 +89,29 @@ def points(is_quick: bool) -> list[Point]:
 def measure(options: Options, progress: Progress) -> Findings:
     """All points whose name holds `options.only`, and single steps."""
     chosen = [point for point in points(options.is_quick) if options.only in point.name]
-    chosen = [replace(point, repeats=options.repeats or point.repeats) for point in chosen]
-    return run(chosen, Stock(), options, progress)
+    return run([_as_asked(point, options) for point in chosen], Stock(), options, progress)
+
+
+def _as_asked(point: Point, options: Options) -> Point:
+    spec = replace(point.spec, device=options.device, strong_parameters=options.strong or point.spec.strong_parameters)
+    return replace(point, spec=spec, repeats=options.repeats or point.repeats)
 
 
 def run(chosen: list[Point], stock: Stock, options: Options, progress: Progress) -> Findings:
-    """Measures these points; after the centre also its single steps."""
-    cases = []
+    """Measures these points; after the centre also its single steps. Points that cannot be had here are noted."""
+    cases, notes = list[Case](), list(NOTES)
     for point in chosen:
         progress(f"{point.name}: making members")
-        trio = stock.trio(point.spec)
+        try:
+            trio = stock.trio(point.spec)
+        except BadSetting as error:
+            notes.append(f"Left out, {point.name}: {error.found} {error.expected}")
+            continue
         cases.append(generation_case(point, trio, progress))
         if point.name == CENTRE:
             cases += step_cases(point, stock, trio, options, progress)
-    return Findings(
-        "Fused decoding beside its alternatives", {"points": [repr(point) for point in chosen]}, cases, NOTES
-    )
+    settings = {"points": [repr(point) for point in chosen]}
+    return Findings("Fused decoding beside its alternatives", settings, cases, notes)
 
 
 NOTES = [

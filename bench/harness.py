@@ -30,6 +30,8 @@ class Options:
     output     folder of the results
     repeats    how often each arm runs; None: the bench's own number
     only       part of a case's name; other cases are left out
+    device     where members run, for `decode`
+    strong     parameters of the strong model, for `decode`; None: the bench's own number
     """
 
     is_quick: bool = True
@@ -38,6 +40,8 @@ class Options:
     repeats: int | None = None
     only: str = ""
     machine: str = ""
+    device: str = "cpu"
+    strong: int | None = None
 
 
 @dataclass
@@ -235,7 +239,7 @@ def listed(named: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{name}: {part}" for name, part in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _table(case: Case) -> Any:

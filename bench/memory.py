@@ -105,7 +105,8 @@ def cases_of(name: str, load: Load, peaks: "Peaks", repeats: int, progress: Prog
         progress(f"{name}: {text}")
 
     settings = {key: value for key, value in asdict(load).items() if key not in ("who", "speculate")}
-    settings["experts"] = ", ".join(load.experts)
+    kind = "LoRA" if settings.pop("is_lora") else "full"
+    settings["experts"] = f"{len(load.experts)} {kind}"
     drafts: str | int = "auto" if load.vocabulary == 0 else 8  # random members agree on too little for "auto"
     arms: dict[str, Arm] = {
         SUM: lambda repeat: total([STRONG, BASE, *load.experts], load, peaks, repeat),

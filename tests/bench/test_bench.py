@@ -1,6 +1,7 @@
 """Each bench in a tiny form, the command line, and the page."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,13 @@ def test_decode_measures_all_arms_on_the_same_work(decoded):
 def test_tokens_are_counted_up_to_the_end_of_each_row():
     ids = torch.tensor([[5, 1, 0, 0], [5, 6, 7, 8], [1, 0, 0, 0], [5, 1, 1, 1]])
     assert decode.count_new(ids, eos_id=1) == 2 + 4 + 1 + 2
+
+
+def test_a_cost_that_cannot_be_had_leaves_its_point_out_with_the_reason():
+    spec = Spec(12_000_000, 1e6, dtype="float32")
+    found = decode.run([Point("ratio 1000000", spec)], Stock(), Options(), quiet)
+    assert found.cases == []
+    assert re.search(r"Left out, ratio 1000000: a small member of .* takes .* ms a step", found.notes[-1])
 
 
 @pytest.mark.parametrize("is_quick", [True, False])
