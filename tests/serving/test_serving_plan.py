@@ -190,3 +190,12 @@ def test_the_entry_point_names_what_is_there(folder):
     file, kind = plugin.MODEL.split(":")
     source = ROOT / "src" / f"{file.replace('.', '/')}.py"
     assert f"class {kind}(" in source.read_text(encoding="utf-8")
+
+
+def test_llvmlite_shows_vllm_no_fields_and_keeps_its_functions():
+    from llvmlite import binding
+
+    for _ in range(2):  # vLLM may call a plug-in again
+        plugin.deny_llvmlite_fields()
+        assert not hasattr(binding.ffi.lib, "__dict__")
+    assert binding.ffi.lib.LLVMPY_GetVersionInfo() > 0
