@@ -1,7 +1,7 @@
 """The tilted family of members' laws on a CPU, worked on by compiled code: see `kernel`.
 
 It answers what `TiltedFamily` answers, to rounding, and searches alpha by itself. Members are kept as they came; a
-float64 copy of them is made only for those who ask for `strong` or `delta`. Needs numba (the extra `fast`): without
+float64 copy of them is made only for those who ask for `strong` or `delta`. Needs numba: without
 it, on other devices, and where gradients are wanted, `measure_pull` makes a plain family, which is slower and else the
 same.
 

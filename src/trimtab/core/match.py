@@ -10,8 +10,8 @@ Therefore each interval also carries an interpolation of A (see `hermite`): it s
 how much lower J could be if the interpolation were as wrong as its own error estimate.
 
 This is the plain version, for any device. On CPUs `kernel` does the same row by row in machine code, many times faster,
-where numba is installed (`pip install 'trimtab[fast]'`; `trimtab.core.compiled.is_available` tells). The first call on
-a machine compiles it, which takes some ten seconds; `trimtab.core.compiled.warm_up` does so beforehand.
+where numba can be had (`trimtab.core.compiled.is_available` tells). The first call on a machine compiles it, which
+takes some ten seconds; `trimtab.core.compiled.warm_up` does so beforehand.
 """
 
 from dataclasses import dataclass
