@@ -10,6 +10,12 @@ from trimtab.measure.report import draw_tables, paper_grid
 
 Document = Mapping[str, Any]
 BEST_STATIC = "best static"  # a row of the headline table, no column of a study
+WORDS = {
+    "single": "Each task with its own expert; alpha 1 is Proxy-Tuning.",
+    "multi": "No one says which task a question belongs to. Where a name says neither all experts nor the most "
+    "confident one, the paper's rule picks one expert per token; means take all. All experts with alpha 1 is "
+    "Proxy-Tuning. The average gives the seen tasks together and the unseen one the same weight.",
+}
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 
@@ -86,7 +92,8 @@ def _pair(pair: str, measured: Mapping[str, Any], prefix: str) -> list[str]:
     for grid, table in ((tables.single_grid(document), "single"), (tables.multi_grid(document), "multi")):
         if grid.rows:
             picture = f"![{grid.title}, {pair} pair]({prefix}{table}.png)"
-            parts += [f"### {grid.title}", "", picture, "", _table(grid, measured["spread"].get(table, {})), ""]
+            spread = measured["spread"].get(table, {})
+            parts += [f"### {grid.title}", "", WORDS[table], "", picture, "", _table(grid, spread), ""]
     for grid in tables.unseen_grids(document):
         parts += [f"### {grid.title}", "", _table(grid), ""]
     parts += ["### Beside the paper", "", f"{document['paper']['source']}.", "", _table(paper_grid(document)), ""]

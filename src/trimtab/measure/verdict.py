@@ -13,7 +13,7 @@ NAMES = {
     "latent": "strong model, few-shot",
     "ceiling": "strong model, tuned",
     "static_0.5": "static, alpha 0.5",
-    "static_1.0": "static, alpha 1 (proxy-tuning)",
+    "static_1.0": "static, alpha 1",
     "static_1.5": "static, alpha 1.5",
     "static_sum": "static, all experts, alpha 1",
     "static_mean": "static, all experts, alpha 1/4",
