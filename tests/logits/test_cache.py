@@ -24,7 +24,7 @@ def next_logits(model, cache, ids):
 def test_layers_are_the_members_layers_in_their_order(kinds):
     model = fuse(kinds)
     cache, _ = filled(model)
-    depths = [run.model.config.num_hidden_layers for run in model.reader.runs]
+    depths = [lane.members[0].model.config.num_hidden_layers for lane in model.reader.lanes]
     assert len(cache.layers) == sum(depths)
     assert cache.layers == [layer for view in cache.views for layer in view.layers]
     assert cache.get_seq_length() == 6

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     strategy = options.strategy_of(args, tuple(members["experts"]))
     options.quiet_transformers()
     folder = output.check_folder(args.output, args.force)
-    fused = FusedCausalLM.from_members(**members, strategy=strategy)
+    fused = FusedCausalLM.from_members(**members, strategy=strategy, **options.one_pass_of(args))
     options.set_speculation(args, fused)
     fused.save_pretrained(folder)
     settings = {**{name: members[name] for name in ("strong", "base", "experts")}, "strategy": strategy.to_dict()}

@@ -77,6 +77,16 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         help="who drafts: an expert's name or base, lately (the expert with most weight), mixture (all experts), fused "
         "(the small models' own fused law) or prompt (n-grams of the text)",
     )
+    group.add_argument(
+        "--one-pass",
+        choices=("auto", "on", "off"),
+        help="read the small members in one forward: auto where it pays, on for all of them, off for none",
+    )
+
+
+def one_pass_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for what --one-pass says; none where it was not given."""
+    return {} if args.one_pass is None else {"one_pass": {"auto": "auto", "on": True, "off": False}[args.one_pass]}
 
 
 def set_speculation(args: argparse.Namespace, fused: Any) -> None:
@@ -145,7 +155,7 @@ def open_fused(args: argparse.Namespace) -> Any:
 
     check_pointed(args)
     quiet_transformers()
-    placement = placement_of(args)
+    placement = placement_of(args) | one_pass_of(args)
     if is_inline(args):
         members = members_of(args)
         names = tuple(members["experts"])

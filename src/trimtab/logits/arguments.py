@@ -16,7 +16,7 @@ ANY: tuple[Any, ...] = ()  # every value may be ignored
 # Opening: what has an effect, and which values of the rest ask for nothing.
 OPENING = (
     *("config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "strategy"),
-    "output_loading_info",
+    *("one_pass", "output_loading_info"),
 )
 IDLE_IN_OPENING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("_from_auto", "_from_pipeline", "_commit_hash", "low_cpu_mem_usage"), ANY),
@@ -51,7 +51,7 @@ NO_WEIGHTS = "A fused directory holds references to its members, no weights."
 # What a configuration that the caller changed may say: the rest of it follows from the members.
 FREE_IN_CONFIG = (
     *("strong", "base", "experts", "strategy", "prompts"),
-    *("speculate", "speculate_draft", "use_cache", "dtype"),
+    *("speculate", "speculate_draft", "one_pass", "use_cache", "dtype"),
 )
 
 

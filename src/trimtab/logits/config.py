@@ -13,6 +13,7 @@ class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
     strategy                {"amount", "chooser", "settings"}
     prompts                 {member: prompt form}, for members that read a prompt of their own
     speculate               "auto", 0 or the number of tokens that a draft has; speculate_draft: who drafts
+    one_pass                "auto", True or False: whether small members are read in one forward
     vocab_size              tokens that are fused: the tokenizer's, without padding rows
     max_position_embeddings tokens that the member of the shortest context can read; None: nobody sets a limit
     """
@@ -28,6 +29,7 @@ class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
         prompts: dict[str, Any] | None = None,
         speculate: str | int = "auto",
         speculate_draft: str = "lately",
+        one_pass: bool | str = "auto",
         vocab_size: int = 0,
         max_position_embeddings: int | None = None,
         use_cache: bool = True,
@@ -39,6 +41,7 @@ class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.strong, self.base, self.experts = strong, base, experts
         self.strategy, self.prompts = strategy, prompts
         self.speculate, self.speculate_draft = speculate, speculate_draft
+        self.one_pass = one_pass
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.use_cache = use_cache
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from trimtab.core.errors import ContextTooLong
+from trimtab.logits.linears import quick_linears, standing_in
 from trimtab.logits.lora import AdapterSwitch
 from trimtab.logits.members import Member
 
@@ -37,17 +38,18 @@ class Feed:
 Body = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
 class OneModel:
     """The body of a lane of one run: the model itself, with the run's adapter on."""
 
-    member: Member
-    switch: AdapterSwitch | None
+    def __init__(self, member: Member, switch: AdapterSwitch | None) -> None:
+        self._member, self._switch = member, switch
+        self._forwards = quick_linears(member.model)
 
     def __call__(self, **inputs: Any) -> Float[Tensor, "rows kept vocab"]:
-        if self.switch is not None:
-            self.switch.select(self.member.adapter)
-        return self.member.model(**inputs).logits  # type: ignore[no-any-return]
+        if self._switch is not None:
+            self._switch.select(self._member.adapter)
+        with standing_in(self._forwards):
+            return self._member.model(**inputs).logits  # type: ignore[no-any-return]
 
 
 class Lane:
@@ -55,10 +57,15 @@ class Lane:
 
     runs       places in `Reader.runs`
     members    the runs themselves, in the same order; they agree in configuration and device
+    kind       "alone", "adapters" (one model, several adapters) or "stacked" (several models of one architecture)
+    reason     of a lane of one run: why no other is read with it; empty where there is no other
     """
 
-    def __init__(self, runs: Sequence[int], members: Sequence[Member], body: Body) -> None:
+    def __init__(
+        self, runs: Sequence[int], members: Sequence[Member], body: Body, kind: str = "alone", reason: str = ""
+    ) -> None:
         self.runs, self.members = tuple(runs), tuple(members)
+        self.kind, self.reason = kind, reason
         self._body = body
 
     def new_view(self, max_tokens: int | None = None) -> Cache:
@@ -71,6 +78,7 @@ class Lane:
             return DynamicCache(config=config)
         return StaticCache(config=config, max_cache_len=max_tokens)
 
+    @torch.no_grad()
     def read(
         self, feeds: Sequence[Feed], view: Cache | None = None, logits_to_keep: int | Tensor = 0
     ) -> list[Float[Tensor, "batch kept rows"]]:

@@ -15,6 +15,9 @@ class AdapterSwitch:
     """Turns a model's adapters on and off, layer by layer; `None` is the bare model.
 
     peft injects its layers into the model itself, so one switch per model serves all its adapters.
+
+    layers      the adapter layers
+    wrappers    around whole modules that some adapters bring along, an output layer of their own for example
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,26 +31,25 @@ class AdapterSwitch:
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         modules = list(self._model.modules())
-        self._layers: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
-        # Whole modules that some adapters bring along, an output layer of their own for example.
-        self._wrappers: list[Any] = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
+        self.layers: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        self.wrappers: list[Any] = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         self._selected: str | None = "?"  # unknown, so that the first selection is carried out
 
     @property
     def is_empty(self) -> bool:
         """Whether the model carries no adapter."""
-        return not self._layers and not self._wrappers
+        return not self.layers and not self.wrappers
 
     def select(self, adapter: str | None) -> None:
         """From now on the model computes with this adapter, or bare."""
         if adapter == self._selected:
             return
-        for layer in (*self._layers, *self._wrappers):
+        for layer in (*self.layers, *self.wrappers):
             layer.enable_adapters(adapter is not None)
         if adapter is not None:
-            for layer in self._layers:
+            for layer in self.layers:
                 layer.set_adapter([adapter], inference_mode=True)
-            for wrapper in self._wrappers:
+            for wrapper in self.wrappers:
                 wrapper.set_adapter([adapter] if adapter in wrapper._adapters else [], inference_mode=True)
         self._selected = adapter
 

@@ -25,6 +25,7 @@ from trimtab.logits.config import FusedConfig
 from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
 from trimtab.logits.generation import FusedGenerationMixin
 from trimtab.logits.members import Members, Placement
+from trimtab.logits.one_pass import OnePass
 from trimtab.logits.prompts import OwnPrompts, PromptForm
 from trimtab.logits.reading import Reader, kept_after_prompt
 from trimtab.logits.speculation.plan import Plan
@@ -61,7 +62,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         self.forms = dict(forms or {})
         # Registered once each, the strong model first: transformers takes device and dtype from the first parameter.
         self.bodies = nn.ModuleList(list({id(member.model): member.model for member in members}.values()))
-        self.reader = Reader(members, self.forms, config.vocab_size)
+        self.reader = Reader(members, self.forms, config.vocab_size, config.one_pass)
         self.encoder = PromptEncoder(tokenizer, self.member_names, self.forms, config.pad_token_id or 0)
         self.strategy = strategy
         self._plan = Plan(config.speculate, config.speculate_draft).check(self.expert_names)
@@ -85,6 +86,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         dtype: Any = None,
         device: Any = None,
         attn_implementation: str | None = None,
+        one_pass: OnePass = "auto",
     ) -> "FusedCausalLM":
         """A fused model from loaded models or references (a path, a hub id, `id@revision`, `zoo:NAME`).
 
@@ -95,11 +97,12 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         prompts         {member: form} for members that read a prompt of their own, see `trimtab.logits.prompts`
         dtype, device   for all members or {member: ...}; None: as stored (embedded models: float32), on the CPU; loaded
                         models stay as they are
+        one_pass        whether small members are read in one forward: "auto", True or False, see the property
         raises          VocabularyMismatch, MemberMismatch, UnreadableModel, OfflineError, UnknownName, BadSetting
         warns           TrimtabWarning for an expert that does not descend from the base
         """
         members = member_loading.gather(strong, base, experts, Placement(dtype, device, attn_implementation))
-        fused = cls._of(members, strategy, tokenizer, prompts or {})
+        fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass)
         member_loading.check_descent(members, fused.reader.read_alone, fused.config.vocab_size)
         return fused
 
@@ -107,9 +110,10 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
     def from_pretrained(cls, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Opens a fused directory; the members are loaded from where it says, and must be what they were.
 
-        kwargs    dtype, device or device_map (for all members or {member: ...}), attn_implementation, strategy (another
-                  one than the directory's), use_cache, config (of this directory; references, strategy, prompts and
-                  use_cache may be changed in it); what else transformers knows may only be passed at its default
+        kwargs    dtype, device or device_map (for all members or {member: ...}), attn_implementation, strategy and
+                  one_pass (others than the directory's), use_cache, config (of this directory; references, strategy,
+                  prompts, one_pass and use_cache may be changed in it); what else transformers knows may only be passed
+                  at its default
         returns   FusedCausalLM; with output_loading_info=True also transformers' loading report
         raises    UnreadableModel, OfflineError, MemberMismatch when a member has changed; BadSetting for an argument
                   without effect
@@ -129,14 +133,17 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         strong, base, experts = saving.references_of(config)
         members = member_loading.gather(strong, base, experts, placement, beside=directory)
         strategy = kwargs.get("strategy") or config.strategy
-        fused = cls._of(members, strategy, vocabulary.load_tokenizer(directory), config.prompts or {})
+        one_pass = config.one_pass if kwargs.get("one_pass") is None else kwargs["one_pass"]
+        fused = cls._of(members, strategy, vocabulary.load_tokenizer(directory), config.prompts or {}, one_pass)
         fused.config.use_cache = config.use_cache if use_cache is None else bool(use_cache)
         fused._set_plan(Plan(config.speculate, config.speculate_draft))
         fused.name_or_path = fused.config.name_or_path = str(directory)
         return (fused, dict(saving.NOTHING_MISSING)) if kwargs.get("output_loading_info") else fused
 
     @classmethod
-    def _of(cls, members: Members, strategy: Any, tokenizer: Any, prompts: Mapping[str, Any]) -> "FusedCausalLM":
+    def _of(
+        cls, members: Members, strategy: Any, tokenizer: Any, prompts: Mapping[str, Any], one_pass: OnePass
+    ) -> "FusedCausalLM":
         tokenizers = {member.name: member.tokenizer for member in members if member.tokenizer is not None}
         if tokenizer is not None:
             tokenizers = {"the tokenizer given": tokenizer} | tokenizers
@@ -146,6 +153,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         config = saving.make_config(members, tokenizer, size)
         forms = saving.read_forms(members, tokenizer, prompts)
         config.prompts = {name: form.to_dict() for name, form in forms.items()} or None
+        config.one_pass = one_pass
         return cls(config, members, strategy, tokenizer, forms)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], overwrite: bool = True, **kwargs: Any) -> None:
@@ -198,6 +206,21 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
     @speculate_draft.setter
     def speculate_draft(self, draft: str) -> None:
         self._set_plan(Plan(self._plan.speculate, draft))
+
+    @property
+    def one_pass(self) -> OnePass:
+        """Whether small members that share weights or architecture are read in one forward; it can be set.
+
+        "auto": where it pays, by a rule that was measured; True: all of them, or BadSetting says which cannot and why;
+        False: each by itself. The logits are the same. `reader.lanes` shows what is read together, and for what is read
+        alone the reason. Caches made before do not fit afterwards.
+        """
+        return self.config.one_pass  # type: ignore[no-any-return]
+
+    @one_pass.setter
+    def one_pass(self, one_pass: OnePass) -> None:
+        self.reader = Reader(self.members, self.forms, self.config.vocab_size, one_pass)
+        self.config.one_pass, self._meter = one_pass, None
 
     def _set_plan(self, plan: Plan) -> None:
         self._plan = plan.check(self.expert_names)

@@ -12,6 +12,7 @@ from trimtab.core.errors import BadSetting, NumericalError
 from trimtab.logits.cache import FusedCache
 from trimtab.logits.lanes import Feed, Lane, OneModel
 from trimtab.logits.members import Member, Members
+from trimtab.logits.one_pass import LanePlan, OnePass
 from trimtab.logits.prompts import OwnPrompts, PromptForm, positions_of
 
 # Numbers that one chunk of rows may hold in each of a strategy's temporaries: 2^22 doubles are 32 MiB.
@@ -56,7 +57,9 @@ class Reader:
     lanes     the forwards that read the runs, the strong model's first
     """
 
-    def __init__(self, members: Members, forms: Mapping[str, PromptForm], vocab_size: int) -> None:
+    def __init__(
+        self, members: Members, forms: Mapping[str, PromptForm], vocab_size: int, one_pass: OnePass = "auto"
+    ) -> None:
         self._members, self._vocab_size = members, vocab_size
         runs: dict[Any, Member] = {}
         keys = [(id(m.model), m.adapter, forms.get(m.name, PromptForm())) for m in members]
@@ -64,10 +67,7 @@ class Reader:
             runs.setdefault(key, member)
         self.runs = list(runs.values())
         self.run_of = [list(runs).index(key) for key in keys]
-        self.lanes = [self._alone(place, run) for place, run in enumerate(self.runs)]
-
-    def _alone(self, place: int, run: Member) -> Lane:
-        return Lane([place], [run], OneModel(run, self._members.switch(run)))
+        self.lanes = LanePlan(self.runs, members.switch, one_pass).lanes()
 
     @property
     def chunk_rows(self) -> int:
@@ -133,7 +133,7 @@ class Reader:
         """One member's logits on some tokens, without padding, cache or own prompt."""
         feed = Feed(input_ids, None, _positions(None, None, input_ids, 0), input_ids.shape[1])
         with torch.no_grad():
-            logits = self._alone(0, member).read([feed])[0]
+            logits = Lane([0], [member], OneModel(member, self._members.switch(member))).read([feed])[0]
         return logits[..., : self._vocab_size].float().cpu()
 
     def laws(

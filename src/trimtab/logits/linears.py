@@ -1,0 +1,109 @@
+"""Matrix products on few rows, and forwards that stand in for modules while a lane reads.
+
+A step of a generation multiplies one row by each weight matrix, a verification or a joint forward a few. Reading the
+weights is then all the work. On CPUs torch hands float32 products to MKL, which on some processors takes twice as long
+for two rows as for one; oneDNN, which torch also holds, does a few rows at the price of one.
+`python -m bench onepass` measures both.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.core.errors import BadSetting
+
+# Below so many multiplications oneDNN's start costs more than it saves.
+ONEDNN_PAYS = 2**20
+# A model's modules are the same for all threads, so nobody else may read while forwards stand in for theirs.
+_ONE_AT_A_TIME = threading.RLock()
+Forward = Callable[..., Any]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in], plus bias [out]: torch's, or oneDNN's where that is faster."""
+    rows = x.numel() // x.shape[-1]
+    if rows * weight.numel() < ONEDNN_PAYS or not _takes_onednn(x, weight):
+        return nn.functional.linear(x, weight, bias)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return found
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    # The operation is the one that torch.compile uses for inference: it knows no gradients.
+    is_plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    return is_plain and not torch.is_grad_enabled() and has_onednn()
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this build of torch has oneDNN and its product of dense matrices."""
+    is_there: Callable[[], bool] = torch.backends.mkldnn.is_available
+    return is_there() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class FewRows:
+    """The forward of an `nn.Linear`, by `linear`."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self._module.weight, self._module.bias)
+
+
+def quick_linears(model: nn.Module) -> dict[nn.Module, Forward]:
+    """Stand-ins for the linear layers of a model on the CPU that are large enough to gain."""
+    if not has_onednn():
+        return {}
+    return {
+        module: FewRows(module)
+        for module in model.modules()
+        # Smaller ones gain from 64 rows on only, and standing in costs something, too.
+        if type(module) is nn.Linear
+        and is_free(module)
+        and module.weight.device.type == "cpu"
+        and module.weight.numel() * 64 >= ONEDNN_PAYS
+    }
+
+
+def is_free(module: nn.Module) -> bool:
+    """Whether nobody else, such as accelerate, has put a forward of his own in this module's place."""
+    return "forward" not in vars(module)
+
+
+def hooks_of(models: Iterable[nn.Module]) -> list[Mapping[int, Any]]:
+    """The tables of forward hooks of all modules, to be looked at again later; empty as long as there is no hook."""
+    modules = [module for model in models for module in model.modules()]
+    return [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
+
+
+def refuse_hooks(tables: Iterable[Mapping[int, Any]]) -> None:
+    """Raises BadSetting when somebody has hooked in: he would see the rows of several runs at once, or none."""
+    if any(tables):
+        raise BadSetting(
+            "a small member has forward hooks, but several are read in one forward.",
+            "A hook would see the rows of all of them, or none.",
+            "set one_pass=False on the fused model.",
+        )
+
+
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Modules compute with these forwards within the block, and are as they were after it; one thread at a time."""
+    if not forwards:
+        yield
+        return
+    with _ONE_AT_A_TIME:
+        for module, forward in forwards.items():
+            # Past nn.Module.__setattr__, which takes longer; a forward of the instance goes before the class's.
+            vars(module)["forward"] = forward
+        try:
+            yield
+        finally:
+            for module in forwards:
+                del vars(module)["forward"]

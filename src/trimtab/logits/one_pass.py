@@ -1,0 +1,170 @@
+"""Which runs are read in one forward: small models that share their weights, or have equal architecture.
+
+The strong model always has a lane of its own: it is not small, and speculation reads it at other times.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from trimtab.core.errors import BadSetting
+from trimtab.logits import adapter_rows, stacking
+from trimtab.logits.adapter_rows import AdapterRows
+from trimtab.logits.lanes import Feed, Lane, OneModel
+from trimtab.logits.linears import hooks_of
+from trimtab.logits.lora import AdapterSwitch
+from trimtab.logits.members import Member
+from trimtab.logits.stacking import Stack
+
+OnePass = bool | str  # True, False, "auto"
+CHOICES: tuple[OnePass, ...] = ("auto", True, False)
+# Stacking saves the start of each operation and costs nothing in bytes read: measured in docs/fused-models.md.
+STACKING_PAYS_BYTES = 2**24  # parameters of one member
+# The joint logits of a probe may differ from the separate ones by so much of the largest.
+MOST_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+MOST_DIFFERENCE_NARROW = 0.1
+
+
+def check(one_pass: Any) -> OnePass:
+    """The setting, if it is one; raises BadSetting."""
+    if not isinstance(one_pass, bool) and one_pass != "auto":
+        raise BadSetting(f"one_pass is {one_pass!r}.", 'Known: "auto", True, False.', "leave it out, for auto.")
+    return one_pass  # type: ignore[no-any-return]
+
+
+class LanePlan:
+    """Sorts runs into lanes.
+
+    one_pass    True: join whatever can be joined; "auto": what it pays to join; False: every run by itself
+    """
+
+    def __init__(
+        self, runs: Sequence[Member], switch: Callable[[Member], AdapterSwitch | None], one_pass: OnePass
+    ) -> None:
+        self._runs, self._switch, self._one_pass = runs, switch, check(one_pass)
+        self._reasons: dict[int, str] = {}
+
+    def lanes(self) -> list[Lane]:
+        """The lanes, the strong model's first, then in the order of their first runs.
+
+        raises    BadSetting where one_pass=True and a small run cannot be read together with any other
+        """
+        small = range(1, len(self._runs))
+        joint: list[Lane] = []
+        if self._one_pass is not False and len(small) > 1:
+            joint += self._joined(small, lambda run: id(run.model), self._adapter_lane)
+            rest = [place for place in small if not any(place in lane.runs for lane in joint)]
+            joint += self._joined(rest, _architecture, self._stacked_lane)
+        taken = {place for lane in joint for place in lane.runs}
+        lanes = joint + [self._alone(place) for place in range(len(self._runs)) if place not in taken]
+        if self._one_pass is True:
+            _demand_joint([lane for lane in lanes if lane.runs[0] > 0 and lane.reason])
+        return sorted(lanes, key=lambda lane: lane.runs[0])
+
+    def _alone(self, place: int) -> Lane:
+        run = self._runs[place]
+        reason = self._reasons.get(place, "")
+        if not reason and place > 0 and len(self._runs) > 2:
+            reason = "one_pass is off" if self._one_pass is False else "no other small run has its architecture"
+        return Lane([place], [run], OneModel(run, self._switch(run)), reason=reason)
+
+    def _joined(
+        self, places: Iterable[int], key: Callable[[Member], Hashable], make: Callable[[list[int]], Lane | str]
+    ) -> list[Lane]:
+        """Lanes of the runs that agree in a key, where `make` gives one and no reason against it."""
+        groups: dict[Hashable, list[int]] = {}
+        for place in places:
+            groups.setdefault(key(self._runs[place]), []).append(place)
+        found = []
+        for group in groups.values():
+            if len(group) == 1:
+                continue
+            lane = _why_not_any([self._runs[place].model for place in group]) or make(group)
+            if isinstance(lane, Lane):
+                lane = self._difference(lane) or lane
+            if isinstance(lane, Lane):
+                found.append(lane)
+            else:
+                self._reasons |= dict.fromkeys(group, lane)
+        return found
+
+    def _adapter_lane(self, places: list[int]) -> Lane | str:
+        members = [self._runs[place] for place in places]
+        switch, adapters = self._switch(members[0]), [member.adapter for member in members]
+        reason = adapter_rows.why_not(switch, adapters)
+        return reason or Lane(places, members, AdapterRows(members[0].model, switch, adapters), "adapters")
+
+    def _stacked_lane(self, places: list[int]) -> Lane | str:
+        members = [self._runs[place] for place in places]
+        models = [member.model for member in members]
+        reason = stacking.why_not(models[0])
+        if not reason and self._one_pass == "auto":
+            reason = _why_no_gain(models[0])
+        return reason or Lane(places, members, Stack(models), "stacked")
+
+    def _difference(self, lane: Lane) -> str:
+        """How a joint forward differs from the runs' own on a few tokens, with a cache and without; empty: not at all.
+
+        A model may use its weights in a way that no list of modules tells of.
+        """
+        try:
+            joint = _probe(lane)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            return f"a joint forward fails: {error}"
+        for place, found in zip(lane.runs, joint, strict=True):
+            alone = _probe(self._alone(place))[0]
+            most = MOST_DIFFERENCE.get(alone.dtype, MOST_DIFFERENCE_NARROW) * float(alone.abs().max())
+            if not float((found - alone).abs().max()) <= most:
+                return "a joint forward gives other logits"
+        return ""
+
+
+def _architecture(run: Member) -> Hashable:
+    # A model that carries adapter layers has other parameter names, and so another key.
+    return repr(stacking.kind_of(run.model))
+
+
+def _why_not_any(models: Sequence[Any]) -> str:
+    """What keeps models from being read in one forward, whichever way; empty when nothing does."""
+    model = models[0]
+    if any(hooks_of(models)):
+        return "it has forward hooks"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "the model is spread over several devices"
+    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
+        return "the model remembers in another way than by attention"
+    return ""
+
+
+def _why_no_gain(model: Any) -> str:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if model.device.type != "cpu":
+        return f"on {model.device.type} nothing was measured yet: one_pass=True joins"
+    if size > STACKING_PAYS_BYTES:
+        return f"{size / 2**20:.0f} MiB of weights take longer to read than operations to start: one_pass=True joins"
+    return ""
+
+
+def _probe(lane: Lane) -> list[Tensor]:
+    """Logits of every run on two rows of three tokens, the last of them read with a cache, in float32 at least."""
+    ids = torch.arange(6).view(2, 3) * 7 % lane.members[0].rows
+    view, mask = lane.new_view(), torch.ones_like(ids)
+    positions = torch.arange(3).expand(2, 3)
+    first = Feed(ids[:, :2], mask[:, :2], positions[:, :2], 2)
+    last = Feed(ids[:, 2:], mask, positions[:, 2:], 3)
+    parts = [lane.read([feed] * len(lane.runs), view) for feed in (first, last)]
+    return [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
+
+
+def _demand_joint(alone: Sequence[Lane]) -> None:
+    if alone:
+        found = "; ".join(f"'{lane.members[0].name}': {lane.reason}" for lane in alone)
+        raise BadSetting(
+            f"one_pass is True, but not all small members can be read in one forward. {found}.",
+            "Adapters on one base and full models of equal architecture can.",
+            'pass one_pass="auto".',
+        )
