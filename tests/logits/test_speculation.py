@@ -178,6 +178,16 @@ def test_stop_strings_and_criteria_end_each_row_where_they_should(fused):
             return torch.tensor([len(set(row.tolist())) >= 14 for row in input_ids])
 
     check_with_drafts(fused, MANY[0], 6, stopping_criteria=StoppingCriteriaList([Long()]))
+    with pytest.raises(BadSetting, match="Long may look at all rows together"):
+        new_tokens(fused, MANY, speculate=2, stopping_criteria=StoppingCriteriaList([Long()]))
+
+    class Soon(StoppingCriteria):
+        """As lm-eval's: one answer for all rows, and no tensor."""
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids.shape[1] > 20
+
+    check_with_drafts(fused, MANY[0], 6, stopping_criteria=StoppingCriteriaList([Soon()]))
 
 
 def test_text_streams(fused):

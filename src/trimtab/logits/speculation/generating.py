@@ -65,6 +65,7 @@ def why_not(model: Any, plan: Plan, task: Task) -> str | None:
         task.cache,
         task.input_ids.shape[0],
         task.processors,
+        task.stopping,
         task.streamer,
         task.config,
         task.synced,

@@ -11,6 +11,7 @@ from trimtab.logits.speculation.draft import LATELY, check_rule
 from trimtab.logits.speculation.length import LONGEST
 from trimtab.logits.speculation.processors import stateful_among
 from trimtab.logits.speculation.ragged import immovable
+from trimtab.logits.speculation.rows import batch_wise_among
 from trimtab.logits.strategy import Strategy
 
 AUTO = "auto"
@@ -73,6 +74,7 @@ def obstacle(
     cache: Any,
     rows: int,
     processors: Sequence[Any],
+    stopping: Sequence[Any],
     streamer: Any,
     config: Any,
     synced: bool,
@@ -88,6 +90,9 @@ def obstacle(
             return f"{type(ingredient).__name__} looks back at earlier steps, so that a draft would change its law"
     if streamer is not None and rows > 1:
         return f"{rows} rows are streamed together, but each row of a draft keeps its own length"
+    batch_wise = batch_wise_among(stopping)
+    if batch_wise is not None and rows > 1:
+        return f"{batch_wise} may look at all rows together, but each row of a draft keeps its own length"
     if is_resumed and rows > 1:
         return "a batch goes on from a cache that is kept, but each row of a draft keeps its own length"
     if config.prefill_chunk_size is not None:

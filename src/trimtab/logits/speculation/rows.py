@@ -6,7 +6,20 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
+
+# These can be asked about one row of a batch. Others may keep account of all rows, by their places.
+ROW_WISE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+
+
+def batch_wise_among(stopping: Sequence[Any]) -> str | None:
+    """The name of the first criterion that may only be asked about a whole batch; None: each can do with a row."""
+    return next((type(criteria).__name__ for criteria in stopping if not isinstance(criteria, ROW_WISE)), None)
 
 
 class Rows:
@@ -76,7 +89,7 @@ class Rows:
         if text[-1] in self._ends or (self._max_length is not None and len(text) >= self._max_length):
             return True
         ids = torch.tensor([text], device=self.device) if self._others else None
-        return any(bool(criteria(ids, None).any()) for criteria in self._others)
+        return any(bool(torch.as_tensor(criteria(ids, None)).any()) for criteria in self._others)
 
     def finish(self, pad_id: int) -> Int[Tensor, "row time"]:
         """All texts, filled up with padding on the right."""
