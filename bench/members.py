@@ -216,6 +216,7 @@ def fuse_adapters(strong: Any, size: int, spec: Spec, tokenizer: Any) -> FusedCa
     _inflated(base, size, SMALL_BLOCKS)
     for switch in fused.members.switches.values():
         switch.refresh()
+    fused.one_pass = fused.one_pass  # the joint forward is made anew, of the base as it is now
     return fused
 
 
