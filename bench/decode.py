@@ -199,13 +199,15 @@ def arms_of(point: Point, trio: Trio, work: Work) -> tuple[dict[str, Arm], dict[
     return arms, left_out
 
 
-def _arm(write: Write, trio: Trio, work: Work, after: Callable[[], None] = lambda: None) -> Arm:
+def _arm(write: Write, trio: Trio, work: Work, after: Callable[[], None] = lambda: None, is_fused: bool = False) -> Arm:
     """An arm that answers all batches of a repeat, with counts; `after` is called behind each batch."""
+    lanes = trio.fused.reader.lanes
+    watched = {"strong": lanes[:1], "small": lanes[1:]} if is_fused else {"strong": [trio.strong], "small": trio.small}
 
     def answer(repeat: int) -> Record:
         tokens, rows = 0, 0
         batches, limits = work.batches(repeat), work.limits_of(repeat)
-        with Meter({"strong": [trio.strong], "small": trio.small}) as meter, Stopwatch(trio.strong.device) as watch:
+        with Meter(watched) as meter, Stopwatch(trio.strong.device) as watch:
             for inputs in batches:
                 ids = write(inputs, limits)
                 after()
@@ -225,7 +227,7 @@ def _fused_arm(speculate: str | int, trio: Trio, work: Work) -> Arm:
         ids: Tensor = fused.generate(**asked)
         return ids
 
-    plain = _arm(write, trio, work, after=lambda: reports.append(fused.last_speculation))
+    plain = _arm(write, trio, work, after=lambda: reports.append(fused.last_speculation), is_fused=True)
 
     def answer(repeat: int) -> Record:
         reports.clear()
@@ -299,7 +301,7 @@ def _small_part_case(one: Trio, four: Trio, point: Point, repeats: int, progress
 
     def small_ms(trio: Trio) -> Record:
         stepper = Stepper(trio.fused)
-        with Meter({"small": trio.small}) as meter:
+        with Meter({"small": trio.fused.reader.lanes[1:]}) as meter:
             whole = mean_seconds(stepper)
         return {"ms": 1e3 * meter.seconds["small"] / STEPS, "whole_step_ms": 1e3 * whole}
 

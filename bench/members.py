@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
+from trimtab.logits.lanes import Lane
 from trimtab.logits.members import quiet_bars
 from trimtab.zoo import TASKS, inflate_, load_items, resolve
 from trimtab.zoo.inflation import count_parameters, least_parameters
@@ -282,6 +283,9 @@ class Meter:
     """Counts forwards, the tokens they read, and the seconds they take, while it is open.
 
         with Meter({"strong": [strong], "small": [base, expert]}) as meter: ...
+        with Meter({"small": fused.reader.lanes[1:]}) as meter: ...
+
+    What is watched is a model, or a lane of a fused one: models that are read in one forward take no hooks.
 
     On an accelerator the seconds are those in which a forward was queued, not those in which it ran.
     """
@@ -290,19 +294,38 @@ class Meter:
         self.calls = dict.fromkeys(groups, 0)
         self.tokens = dict.fromkeys(groups, 0)
         self.seconds = dict.fromkeys(groups, 0.0)
-        self._groups, self._hooks, self._started = groups, list[Any](), 0.0
+        self._groups, self._hooks, self._lanes, self._started = groups, list[Any](), list[Lane](), 0.0
 
     def __enter__(self) -> "Meter":
-        for group, models in self._groups.items():
-            for model in models:
+        for group, watched in self._groups.items():
+            for one in watched:
+                if isinstance(one, Lane):
+                    vars(one)["read"] = self._watched_read(group, one)
+                    self._lanes.append(one)
+                    continue
                 before, after = self._watchers(group)
-                self._hooks.append(model.register_forward_pre_hook(before, with_kwargs=True))
-                self._hooks.append(model.register_forward_hook(after))
+                self._hooks.append(one.register_forward_pre_hook(before, with_kwargs=True))
+                self._hooks.append(one.register_forward_hook(after))
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        for lane in self._lanes:
+            del vars(lane)["read"]
+
+    def _watched_read(self, group: str, lane: Lane) -> Callable[..., Any]:
+        read = lane.read
+
+        def watched(feeds: Any, *more: Any, **named: Any) -> Any:
+            self.calls[group] += 1
+            self.tokens[group] += sum(feed.input_ids.numel() for feed in feeds)
+            started = time.perf_counter()
+            logits = read(feeds, *more, **named)
+            self.seconds[group] += time.perf_counter() - started
+            return logits
+
+        return watched
 
     def _watchers(self, group: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(_: Any, words: tuple[Any, ...], named: Mapping[str, Any]) -> None:
