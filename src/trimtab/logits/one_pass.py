@@ -3,6 +3,7 @@
 The strong model always has a lane of its own: it is not small, and speculation reads it at other times.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -57,8 +58,10 @@ class LanePlan:
         joint: list[Lane] = []
         if self._one_pass is not False and len(small) > 1:
             joint += self._joined(small, lambda run: id(run.model), self._adapter_lane)
-            rest = [place for place in small if not any(place in lane.runs for lane in joint)]
-            joint += self._joined(rest, _architecture, self._stacked_lane)
+            bodies = Counter(id(self._runs[place].model) for place in small)
+            single = [place for place in small if bodies[id(self._runs[place].model)] == 1]
+            bare = [place for place in single if self._runs[place].adapter is None]
+            joint += self._joined(bare, _architecture, self._stacked_lane)
         taken = {place for lane in joint for place in lane.runs}
         lanes = joint + [self._alone(place) for place in range(len(self._runs)) if place not in taken]
         if self._one_pass is True:

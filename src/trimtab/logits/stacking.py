@@ -95,12 +95,14 @@ class StackedEmbedding:
     def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor]) -> None:
         tables = stacks["weight"]
         self._copies, self._size = tables.shape[:2]
-        self._table = tables.flatten(0, 1)
+        self._twin = _twin(module, tables.flatten(0, 1))
 
     def __call__(self, ids: Tensor) -> Tensor:
+        if bool((ids >= self._size).any()):
+            raise IndexError(f"token id {int(ids.max())} is beyond the {self._size} rows of an embedding.")
         starts = torch.arange(0, self._copies * self._size, self._size, device=ids.device)
         shifted = ids.reshape(self._copies, -1) + starts.unsqueeze(1)
-        return nn.functional.embedding(shifted.view(ids.shape), self._table)
+        return self._twin.forward(shifted.view(ids.shape))  # type: ignore[no-any-return]
 
 
 class StackedLayerNorm:
@@ -122,12 +124,18 @@ class StackedNorm:
 
     def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor]) -> None:
         self._stack = stacks["weight"]
-        self._twin: Any = copy.copy(module)
-        vars(self._twin)["_parameters"] = {}
+        self._twin = _twin(module, self._stack)
 
     def __call__(self, x: Tensor) -> Tensor:
         self._twin._parameters["weight"] = _spread(self._stack, x)
         return self._twin.forward(x)  # type: ignore[no-any-return]
+
+
+def _twin(module: nn.Module, weight: Tensor) -> Any:
+    """A module of the same kind and settings with another weight."""
+    twin = copy.copy(module)
+    vars(twin)["_parameters"] = {"weight": weight}
+    return twin
 
 
 def _spread(stack: Float[Tensor, "copy width"], x: Tensor) -> Tensor:
@@ -148,9 +156,12 @@ def _maker(module: nn.Module) -> Maker | None:
         nn.Embedding: StackedEmbedding,
         nn.LayerNorm: StackedLayerNorm,
     }
-    names = [name for name, _ in module.named_parameters(recurse=False)]
-    if type(module).__name__.endswith("RMSNorm") and names == ["weight"]:
+    # transformers names such modules alike in all architectures.
+    name, own = type(module).__name__, [name for name, _ in module.named_parameters(recurse=False)]
+    if name.endswith("RMSNorm") and own == ["weight"]:
         return StackedNorm
+    if name.endswith("ScaledWordEmbedding") and isinstance(module, nn.Embedding):
+        return StackedEmbedding
     return kinds.get(type(module))
 
 
