@@ -17,7 +17,8 @@ from trimtab.core.errors import MemberMismatch, TrimtabWarning, UnreadableModel,
 from trimtab.logits import descent, lora, references, vocabulary
 from trimtab.logits.references import Reference
 
-RESERVED = ("strong", "base", "fused")
+# Names of members, and of rules that say who drafts.
+RESERVED = ("strong", "base", "fused", "lately", "mixture", "prompt")
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names for device maps
 
 

@@ -113,6 +113,7 @@ class SpeculativeDecoder:
         tokens = draw(scores[:, 0], self._do_sample).tolist()
         pairs = [[(scores[row, 0], law[row, 0])] for row in range(len(tokens))]
         self._commit([[token] for token in tokens], pairs, read={})
+        self.report.begun = len(tokens)
 
     def run(self) -> None:
         """Rounds until every row has ended."""
@@ -142,7 +143,7 @@ class SpeculativeDecoder:
         target = self._target(logits, draft.width + (not serial), texts, draft.ids)
         stood = self._judge(draft, target)
         is_whole = stood == draft.lengths
-        if serial and bool(is_whole.any()):
+        if serial and bool((stood == draft.width).any()):
             self._read(serial, draft.ids[:, -1:], read, logits)
             target = self._with_bonus(target, logits, texts, draft)
         tokens = self._next_tokens(draft, target, stood, is_whole)
@@ -197,11 +198,16 @@ class SpeculativeDecoder:
         runs = [self._run_of[name] for name in drafter.members]
         for _ in range(length):
             self._read(serial, ids[:, -1:] if scores else last, read, logits)
-            law = drafter.law([self._law(run, logits[run][:, -1]) for run in runs])
-            grown = _grown(texts, ids)
-            scores.append(self._scorer(law.unsqueeze(1), grown, self._rows.active)[:, 0])
+            law = drafter.law([self._law(run, logits[run][:, -1], ids.shape[1]) for run in runs])
+            behind = self._scorer(law.unsqueeze(1), texts, self._rows.active, ids, start=ids.shape[1])
+            scores.append(behind[:, 0])
             ids = torch.cat([ids, draw(scores[-1], self._do_sample).unsqueeze(-1)], dim=-1)
-        return Draft(ids, last.new_full((rows,), length), torch.stack(scores, dim=1))
+        return Draft(ids, last.new_tensor(self._until_ends(ids)), torch.stack(scores, dim=1))
+
+    def _until_ends(self, ids: Tensor) -> list[int]:
+        """How many drafted tokens count in each row: those up to the first that would end its text."""
+        ends = self._rows.ends
+        return [next((n for n, token in enumerate(row, 1) if token in ends), len(row)) for row in ids.tolist()]
 
     def _read(self, lanes: Sequence[int], tokens: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> None:
         """Lets lanes read tokens [row, new]; their runs' logits are added behind those of this round."""
@@ -220,13 +226,13 @@ class SpeculativeDecoder:
                 name = self._reader.runs[run].name
                 self.report.seconds[name] = self.report.seconds.get(name, 0.0) + seconds / len(runs)
 
-    def _law(self, run: int, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row vocab"]:
-        """A drafting run's law, where the strong model's stands."""
+    def _law(self, run: int, scores: Float[Tensor, "row all"], drafted: int) -> Float[Tensor, "row vocab"]:
+        """A drafting run's law behind so many drafted tokens, where the strong model's stands."""
         law = scores[:, : self._vocab].to(self._rows.device, torch.float32).log_softmax(dim=-1)
         if bool(law[:, 0].isnan().any()):
             row = int(law[:, 0].isnan().nonzero()[0])
             place = self._rows.active[row]
-            raise BrokenLaw(self._reader.runs[run].name, place, len(self._rows.texts[place]) - 1)
+            raise BrokenLaw(self._reader.runs[run].name, place, len(self._rows.texts[place]) - 1 + drafted)
         return law
 
     # ---- the fused law
@@ -241,7 +247,7 @@ class SpeculativeDecoder:
     ) -> Target:
         """The target with the position behind the draft, which the drafter has read by now."""
         log_probs, weights = self._fuse([logits[run][:, -1:] for run in range(len(self._reader.runs))])
-        scores = self._scorer(log_probs, _grown(texts, draft.ids), self._rows.active)
+        scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, start=draft.width)
         return Target(
             torch.cat([target.log_probs, log_probs], dim=1),
             torch.cat([target.scores, scores], dim=1),
@@ -296,6 +302,7 @@ class SpeculativeDecoder:
             self._lately = fade * self._lately + (1 - fade) * mean.cpu()
         report = self.report
         report.rounds += 1
+        report.row_rounds += len(stood)
         report.drafted += int(draft.lengths.sum())
         report.accepted += int(stood.sum())
         report.lengths[draft.width] += 1
@@ -326,11 +333,6 @@ class SpeculativeDecoder:
             self._reading.keep_rows(torch.tensor(kept))
         for lane, tokens in read.items():
             self._reading.take_back(lane, torch.tensor([tokens - emitted[row] for row in kept]))
-
-
-def _grown(texts: Sequence[Sequence[int]], ids: Tensor) -> list[list[int]]:
-    """Texts with drafted tokens behind them."""
-    return [[*text, *row] for text, row in zip(texts, ids.tolist(), strict=True)]
 
 
 def _finish(logits: Tensor) -> None:

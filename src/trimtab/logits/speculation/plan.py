@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from trimtab.core.errors import BadSetting
 from trimtab.logits.cache import FusedCache
 from trimtab.logits.members import Member
@@ -75,6 +77,7 @@ def obstacle(
     rows: int,
     processors: Sequence[Any],
     stopping: Sequence[Any],
+    mask: Tensor | None,
     streamer: Any,
     config: Any,
     synced: bool,
@@ -90,6 +93,8 @@ def obstacle(
             return f"{type(ingredient).__name__} looks back at earlier steps, so that a draft would change its law"
     if streamer is not None and rows > 1:
         return f"{rows} rows are streamed together, but each row of a draft keeps its own length"
+    if mask is not None and bool((mask.cummax(dim=-1).values != mask).any()):
+        return "the attention mask leaves out tokens that are no padding on the left"
     batch_wise = batch_wise_among(stopping)
     if batch_wise is not None and rows > 1:
         return f"{batch_wise} may look at all rows together, but each row of a draft keeps its own length"
@@ -99,7 +104,7 @@ def obstacle(
         return "prefill_chunk_size is set"
     stateful = stateful_among(processors)
     if stateful is not None:
-        return f"{stateful} remembers what it saw at the step before"
+        return f"{stateful} may remember what it saw at the step before"
     return next((why for view in cache.views if (why := immovable(view, rows))), None)
 
 

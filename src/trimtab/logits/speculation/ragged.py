@@ -29,6 +29,7 @@ class RaggedReading:
 
     def __init__(self, reader: Reader, cache: FusedCache, masks: Sequence[Tensor]) -> None:
         self.reader, self.cache = reader, cache
+        self.is_single = masks[0].shape[0] == 1
         self.masks = list(masks)
         for lane in reader.lanes:  # prompts of their own may differ in width; in one lane's cache they end together
             width = max(self.masks[run].shape[1] for run in lane.runs)
@@ -73,9 +74,12 @@ class RaggedReading:
         self._trim(lane)
 
     def _trim(self, lane: int) -> None:
-        """Cuts columns that are padding in every row of every run of a lane."""
+        """Cuts columns that are padding in every row of every run of a lane. Padding stands on the left only.
+
+        A row alone keeps its own: its cache shall fit the text that it belongs to.
+        """
         runs = self.reader.lanes[lane].runs
-        if not any(self._padded[run] for run in runs):
+        if self.is_single or not any(self._padded[run] for run in runs):
             return
         spare = min(int(self.masks[run].shape[1] - self._lengths[run].max()) for run in runs)
         if spare > 0:

@@ -11,6 +11,8 @@ class SpeculationReport:
 
     reason      why nothing was drafted; None when speculation was on
     rounds      readings by the strong model, the prompt's not counted
+    row_rounds  the same, counted for each row that was read
+    begun       first tokens of the rows, which the prompt's reading gave
     drafted     tokens that were drafted and judged by the fused law, or dropped with a rejected one before them
     accepted    drafted tokens that stood
     emitted     tokens generated
@@ -23,6 +25,8 @@ class SpeculationReport:
 
     reason: str | None = None
     rounds: int = 0
+    row_rounds: int = 0
+    begun: int = 0
     drafted: int = 0
     accepted: int = 0
     emitted: int = 0
@@ -44,8 +48,8 @@ class SpeculationReport:
 
     @property
     def tokens_per_round(self) -> float | None:
-        """Tokens generated per reading of the strong model and row; None before the first round."""
-        return self.emitted / self.rounds if self.rounds else None
+        """Tokens per row and reading of the strong model, first ones left out; None before the first round."""
+        return (self.emitted - self.begun) / self.row_rounds if self.row_rounds else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -26,6 +26,7 @@ class Rows:
     """What was emitted for each row of the call, and which rows still go on.
 
     texts     per row of the call: token ids of the prompt (with its padding) and of what was emitted
+    ends      tokens that end a text
     active    the rows that go on, as places in `texts`, in the order of the members' caches
     """
 
@@ -38,7 +39,7 @@ class Rows:
         self.scores: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in prompts] if keeps_scores else None
         self._prompt_length = prompts.shape[1]
         self._streamer = streamer
-        self._ends = {int(i) for c in stopping if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
+        self.ends = {int(i) for c in stopping if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
         limits = [criteria.max_length for criteria in stopping if isinstance(criteria, MaxLengthCriteria)]
         self._max_length = min(limits, default=None)
         # Everything else is asked after each token, as `generate` does.
@@ -86,7 +87,7 @@ class Rows:
         return is_done
 
     def _is_done(self, text: list[int]) -> bool:
-        if text[-1] in self._ends or (self._max_length is not None and len(text) >= self._max_length):
+        if text[-1] in self.ends or (self._max_length is not None and len(text) >= self._max_length):
             return True
         ids = torch.tensor([text], device=self.device) if self._others else None
         return any(bool(torch.as_tensor(criteria(ids, None)).any()) for criteria in self._others)
