@@ -462,3 +462,44 @@ def test_gradients_take_torchs_own_products(monkeypatch):
     weight = torch.randn(4, 3, requires_grad=True)
     linears.linear(torch.ones(2, 3), weight).sum().backward()
     torch.testing.assert_close(weight.grad, torch.full((4, 3), 2.0))
+
+
+# ---- memory
+
+
+def test_two_fused_models_share_stacked_members():
+    base = tiny.make(seed=1)
+    math, facts, strong = tiny.tuned(base, 10), tiny.tuned(base, 11), tiny.make(seed=0)
+    options = {"tokenizer": tiny.make_tokenizer(), "one_pass": True}
+    both = FusedCausalLM.from_members(strong, base, {"math": math, "facts": facts}, **options)
+    place = facts.lm_head.weight.data_ptr()
+    one = FusedCausalLM.from_members(strong, base, {"math": math}, **options)
+    other = FusedCausalLM.from_members(strong, base, {"facts": facts}, **options)  # lies apart from the base
+    ids = torch.tensor([[7, 8, 9]])
+    found = [model(ids).logits for model in (both, one, other, both)]
+    assert facts.lm_head.weight.data_ptr() != place, "the last model that was read holds the stack"
+    assert base.lm_head.weight.untyped_storage().nbytes() == 3 * base.lm_head.weight.nbytes
+    torch.testing.assert_close(found[0], found[3])
+    for model, logits in zip((both, one, other), found[:3], strict=True):
+        model.one_pass = False
+        torch.testing.assert_close(model(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_with_two_prompts_lies_in_memory_once(tmp_path):
+    base = tiny.make(seed=1)
+    base.save_pretrained(tmp_path / "base")
+    places = save_adapters(base, "llama", tmp_path, {"a": 4, "b": 4})
+    experts = {"a": places["a"], "again": places["a"], "b": places["b"]}
+    model = FusedCausalLM.from_members(
+        tiny.make(seed=0),
+        tmp_path / "base",
+        experts,
+        tokenizer=tiny.make_tokenizer(),
+        prompts={"again": "Q: {prompt}", "b": "{prompt}?"},
+        one_pass=True,
+    )
+    assert kinds_of(model)[1] == ("adapters", (1, 2, 3, 4))
+    body = model.members.base.model
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in body.parameters()}
+    assert sum(storages.values()) == sum(p.nbytes for p in body.parameters())
+    check_generations(model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.logits.linears import Forward, hooks_of, is_free, linear, quick_linears, refuse_hooks, standing_in
 from trimtab.logits.lora import AdapterSwitch
+from trimtab.logits.views import are_views, stack_
 
 
 class AdapterRows:
@@ -56,13 +57,13 @@ class Span:
     def __init__(self, layer: Any, start: int, names: Sequence[str]) -> None:
         self.start, self.end = start, start + len(names)
         self._layer, self._names = layer, tuple(names)
-        self.A = _stacked([layer.lora_A[name].weight for name in names])
-        self.B = _stacked([layer.lora_B[name].weight for name in names])
+        self.A = stack_([layer.lora_A[name].weight for name in names])
+        self.B = stack_([layer.lora_B[name].weight for name in names])
 
     @property
     def is_current(self) -> bool:
-        """Whether the adapters are views still: moving a model gives its parameters memory of their own."""
-        return bool(self.A[-1].data_ptr() == self._layer.lora_A[self._names[-1]].weight.data_ptr())
+        """Whether the stacks hold the adapters still."""
+        return are_views(self.A, [self._layer.lora_A[name].weight for name in self._names])
 
     @property
     def scaling(self) -> float | Tensor:
@@ -91,7 +92,10 @@ class AdaptedLinear:
         self._is_linear = type(self._base) is nn.Linear and is_free(self._base)
         # Adapters that sit elsewhere only leave this layer bare.
         factors = [layer.lora_A[name].weight if name in layer.lora_A else None for name in adapters]
-        kinds = [None if factor is None else (factor.shape, factor.dtype) for factor in factors]
+        kinds: list[Any] = [None if factor is None else (factor.shape, factor.dtype) for factor in factors]
+        for place, name in enumerate(adapters):
+            if name in adapters[:place] and kinds[place] is not None:
+                kinds[place] = place  # an adapter that is read twice cannot lie in a stack twice
         self.spans: list[Span] = []
         for kind, places in groupby(range(len(adapters)), key=lambda place: kinds[place]):
             copies = list(places)
@@ -130,11 +134,3 @@ def why_not(switch: AdapterSwitch | None, adapters: Sequence[str | None]) -> str
         if any(layer.lora_B[name].bias is not None for name in here):
             return "an adapter has biases"
     return ""
-
-
-def _stacked(weights: Sequence[nn.Parameter]) -> Float[Tensor, "copy rows columns"]:
-    """The weights in one tensor, of which they are views from then on."""
-    stack = torch.stack([weight.data for weight in weights])
-    for place, weight in enumerate(weights):
-        weight.data = stack[place]
-    return stack

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.logits.linears import Forward, hooks_of, is_free, linear, refuse_hooks, standing_in
+from trimtab.logits.views import are_views, stack_
 
 # Found by measurement, see docs/fused-models.md: which product of a stack of matrices is the quickest on a CPU.
 SMALL_MATRIX = 2**18  # numbers; a batched product of smaller ones saves the start of each
@@ -33,7 +34,7 @@ class Stack:
     def _build(self) -> None:
         frame, parameters = self._models[0], [dict(model.named_parameters()) for model in self._models]
         # A matrix that is tied to another is one parameter and is stacked once.
-        self._stacks = {name: _stacked([own[name] for own in parameters]) for name in parameters[0]}
+        self._stacks = {name: stack_([own[name] for own in parameters]) for name in parameters[0]}
         stack_of = {id(parameter): self._stacks[name] for name, parameter in parameters[0].items()}
         self._forwards: dict[nn.Module, Forward] = {}
         for module in _holders(frame):
@@ -49,10 +50,9 @@ class Stack:
 
     @property
     def _is_current(self) -> bool:
-        """Whether the stack holds the weights still: moving a model gives its parameters memory of their own."""
+        # Models move as a whole, so one parameter of each tells.
         name, stack = next(iter(self._stacks.items()))
-        firsts = [model.get_parameter(name).data_ptr() for model in self._models]
-        return firsts == [part.data_ptr() for part in stack]
+        return are_views(stack, [model.get_parameter(name) for model in self._models])
 
 
 # ---- stand-ins, each made from (module, {parameter: stack [copy, ...]})
@@ -206,11 +206,3 @@ def why_not(model: Any) -> str:
 def _holders(model: nn.Module) -> list[nn.Module]:
     """The modules that hold parameters themselves."""
     return [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
-
-
-def _stacked(weights: Sequence[nn.Parameter]) -> Float[Tensor, "copy ..."]:
-    """The weights in one tensor, of which they are views from then on."""
-    stack = torch.stack([weight.data for weight in weights])
-    for place, weight in enumerate(weights):
-        weight.data = stack[place]
-    return stack
