@@ -14,7 +14,7 @@ from bench import harness
 from bench.harness import Options
 from trimtab.core.errors import InputError, TrimtabError
 
-BENCHES = ("decode", "solve", "memory")
+BENCHES = ("decode", "solve", "memory", "onepass")
 EXAMPLE = "python -m bench decode --quick"
 
 

@@ -432,19 +432,18 @@ def test_modules_of_unknown_kinds_keep_models_apart(monkeypatch):
 @torch.no_grad()
 def test_quick_products_are_torchs(rows, with_bias, monkeypatch):
     monkeypatch.setattr(linears, "ONEDNN_PAYS", 0)
+    monkeypatch.setattr(linears, "PARTS_PAY", 0)
     generator = torch.Generator().manual_seed(rows)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, rows, 96), (200, 96), (200,)))
     shift = bias if with_bias else None
-    for inputs in (x, x.transpose(0, 1), x[..., ::2].repeat(1, 1, 2), x.bfloat16()):
+    for inputs in (x, x[:1], x.transpose(0, 1), x[..., ::2].repeat(1, 1, 2), x[0, 0], x.bfloat16()):
         table = weight.to(inputs.dtype)
         one = None if shift is None else shift.to(inputs.dtype)
         found = linears.linear(inputs, table, one)
         torch.testing.assert_close(found, torch.nn.functional.linear(inputs, table, one), atol=1e-3, rtol=1e-3)
 
 
-def test_large_linear_layers_go_to_onednn_while_a_lane_reads(monkeypatch):
-    if not linears.has_onednn():
-        pytest.fail("this build of torch has no oneDNN: the quick products are not tested")
+def test_large_linear_layers_take_quick_products_while_a_lane_reads(monkeypatch):
     model = fuse(one_pass=False)
     ids = model.encode(PROMPTS)
     plain = model(**ids).logits
@@ -457,11 +456,39 @@ def test_large_linear_layers_go_to_onednn_while_a_lane_reads(monkeypatch):
     assert len(calls) == 3 * 7 + 1 + 3 * (2 * 7 + 1)
 
 
+@torch.no_grad()
+def test_the_number_of_rows_and_the_size_choose_the_product(monkeypatch):
+    taken = []
+    monkeypatch.setattr(linears, "_in_parts", lambda x, *rest: taken.append("parts") or x)
+    monkeypatch.setattr(linears, "has_onednn", lambda: taken.append("onednn?") and False)
+    for rows, height, width in (
+        (1, 512, 512),
+        (2, 512, 512),
+        (3, 512, 512),
+        (1, 64, 64),
+        (1, 513, 1024),
+        (1, 64, 8192),
+    ):
+        taken.append((rows, height, width))
+        linears.linear(torch.ones(rows, width), torch.ones(height, width))
+    assert taken == [
+        *((1, 512, 512), "parts"),
+        *((2, 512, 512), "parts"),
+        (3, 512, 512),
+        (1, 64, 64),
+        (1, 513, 1024),
+        (1, 64, 8192),
+    ]
+    linears.linear(torch.ones(4, 512), torch.ones(512, 512))
+    assert taken[-1] == "onednn?"
+
+
 def test_gradients_take_torchs_own_products(monkeypatch):
     monkeypatch.setattr(linears, "ONEDNN_PAYS", 0)
-    weight = torch.randn(4, 3, requires_grad=True)
+    monkeypatch.setattr(linears, "PARTS_PAY", 0)
+    weight = torch.randn(8, 3, requires_grad=True)
     linears.linear(torch.ones(2, 3), weight).sum().backward()
-    torch.testing.assert_close(weight.grad, torch.full((4, 3), 2.0))
+    torch.testing.assert_close(weight.grad, torch.full((8, 3), 2.0))
 
 
 # ---- memory

@@ -1,9 +1,10 @@
 """Matrix products on few rows, and forwards that stand in for modules while a lane reads.
 
 A step of a generation multiplies one row by each weight matrix, a verification or a joint forward a few. Reading the
-weights is then all the work. On CPUs torch hands float32 products to MKL, which on some processors takes twice as long
-for two rows as for one; oneDNN, which torch also holds, does a few rows at the price of one.
-`python -m bench onepass` measures both.
+weights is then all the work. On CPUs torch hands float32 products to MKL, which for one row uses one thread and half of
+the memory's speed, and on some processors takes twice as long for two rows as for one. As a batch of parts of the
+matrix MKL does one or two rows at full speed; oneDNN, which torch also holds, does a few more at the price of one.
+`python -m bench onepass` measures them side by side.
 """
 
 import functools
@@ -19,24 +20,39 @@ from trimtab.core.errors import BadSetting
 
 # Below so many multiplications oneDNN's start costs more than it saves.
 ONEDNN_PAYS = 2**20
+# Up to so many rows, of matrices of at least so many numbers, a batch of so many parts is the quickest; not where the
+# parts are much wider than high.
+FEW_ROWS, PARTS_PAY, PARTS, WIDEST = 2, 2**18, 8, 8
 # A model's modules are the same for all threads, so nobody else may read while forwards stand in for theirs.
 _ONE_AT_A_TIME = threading.RLock()
 Forward = Callable[..., Any]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in], plus bias [out]: torch's, or oneDNN's where that is faster."""
-    rows = x.numel() // x.shape[-1]
-    if rows * weight.numel() < ONEDNN_PAYS or not _takes_onednn(x, weight):
-        return nn.functional.linear(x, weight, bias)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return found
+    """x [..., in] times weight [out, in], plus bias [out]: by torch's own product or a quicker one."""
+    rows, size = x.numel() // x.shape[-1], weight.numel()
+    if size >= PARTS_PAY and rows <= FEW_ROWS and _has_parts(weight) and _is_plain(x, weight):
+        return _in_parts(x, weight, bias)
+    if size * rows >= ONEDNN_PAYS and has_onednn() and _is_plain(x, weight):
+        # The operation that torch.compile uses for inference: it knows no gradients.
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return nn.functional.linear(x, weight, bias)
 
 
-def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
-    # The operation is the one that torch.compile uses for inference: it knows no gradients.
-    is_plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    return is_plain and not torch.is_grad_enabled() and has_onednn()
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    is_float = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    return is_float and not torch.is_grad_enabled()
+
+
+def _has_parts(weight: Tensor) -> bool:
+    return weight.shape[0] % PARTS == 0 and weight.shape[1] <= WIDEST * weight.shape[0] and weight.is_contiguous()
+
+
+def _in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out, width = weight.shape
+    parts, columns = weight.view(PARTS, out // PARTS, width), x.reshape(-1, width).T  # [in, row]
+    result = torch.bmm(parts, columns.expand(PARTS, -1, -1)).view(out, -1).T.reshape(*x.shape[:-1], out)
+    return result if bias is None else result.add_(bias)
 
 
 @functools.cache
@@ -58,8 +74,6 @@ class FewRows:
 
 def quick_linears(model: nn.Module) -> dict[nn.Module, Forward]:
     """Stand-ins for the linear layers of a model on the CPU that are large enough to gain."""
-    if not has_onednn():
-        return {}
     return {
         module: FewRows(module)
         for module in model.modules()
