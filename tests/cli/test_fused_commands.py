@@ -59,6 +59,18 @@ def test_drafts_can_be_asked_for(run, inline, tmp_path: Path) -> None:
     assert plain["result"] == drafted["result"]
 
 
+def test_small_members_can_be_read_in_one_forward_or_not(run, inline, tmp_path: Path) -> None:
+    assert run("fuse", *inline, "--one-pass", "off", "-o", tmp_path / "made").code == 0
+    opened = FusedCausalLM.from_pretrained(tmp_path / "made")
+    assert opened.one_pass is False
+    words = ["generate", tmp_path / "made", PROMPT, "--max-new-tokens", "12", "--json"]
+    apart, joint = run(*words).json(), run(*words, "--one-pass", "on").json()
+    assert apart["result"] == joint["result"]
+    ran = run("fuse", *inline, "--one-pass", "perhaps", "-o", tmp_path / "other")
+    assert ran.code == 2
+    assert "invalid choice: 'perhaps'" in ran.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
