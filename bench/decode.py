@@ -21,6 +21,7 @@ STRONG, ASSISTED = "strong alone", "strong assisted"
 STATIC, GRID = "static as published", "grid as published"
 OURS, SPECULATED = "ours", "ours speculated"
 CENTRE = "centre"
+AS_IT_IS = "as it is"  # a prompt of the zoo, not cut and not lengthened
 WARM_UP_TOKENS = 4
 STEPS = 8  # of one measurement of a single step
 ONE_ROW_ONLY = "transformers assists a single row only"
@@ -60,7 +61,7 @@ class Point:
             "experts": f"{len(self.spec.experts)} {kind}",
             "tasks": ", ".join(self.tasks),
             "batch": self.batch,
-            "prompt": self.prompt or "as it is",
+            "prompt": self.prompt or AS_IT_IS,
             "output": self.output or "to its end",
             "dtype": self.spec.dtype,
         }
@@ -76,7 +77,10 @@ def points(is_quick: bool) -> list[Point]:
     found = [centre]
     found += [vary(name=f"ratio {ratio}", spec=replace(spec, ratio=ratio)) for ratio in (5, 10, 50)]
     found += [vary(name=f"batch {rows}", batch=rows) for rows in (4, 16)]
-    found += [vary(name=f"task {task}", tasks=(task,), spec=replace(spec, experts=(task,))) for task in ("summary",)]
+    found += [
+        vary(name=f"task {task}", tasks=(task,), spec=replace(spec, experts=(task,)))
+        for task in ("summary", "facts", "truth")
+    ]
     for count, is_lora in ((2, False), (4, False), (1, True), (2, True), (4, True)):
         tasks = TUNED_TASKS[:count]
         name = f"{count} {'LoRA' if is_lora else 'full'} experts"

@@ -72,10 +72,10 @@ def points(is_quick: bool) -> Iterator[Point]:
     for kind in (LORA, FULL):
         for parameters in (0, 5_000_000, 25_000_000, 100_000_000):
             for batch in (1, 8):
-                for experts in (1, 2, 3, 4):
-                    yield Point(kind, experts, parameters, batch)
-        for parameters in (0, 100_000_000):
+                yield Point(kind, 4, parameters, batch)
             yield Point(kind, 4, parameters, 1, "bfloat16")
+        for experts in (1, 2, 3):
+            yield Point(kind, experts, 25_000_000, 1)
 
 
 def measure(options: Options, progress: Progress) -> Findings:
