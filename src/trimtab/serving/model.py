@@ -29,6 +29,8 @@ from trimtab.serving.rows import fuse_rows
 class FusedForVllm(nn.Module):
     """Strong + strategy(experts - base); registered for the architecture that a fused directory names."""
 
+    steering: Any = None  # a `steering.Steering` where requests may have settings of their own
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         fused = vllm_config.model_config
@@ -82,6 +84,8 @@ class FusedForVllm(nn.Module):
         logits = [body.compute_logits(part.contiguous()) for body, part in zip(self.bodies, parts, strict=True)]
         if any(scores is None for scores in logits):
             return None
+        if self.steering is not None:
+            return self.steering.fuse(logits, hidden_states)  # type: ignore[no-any-return]
         return fuse_rows(logits, self.plan.body_of, self.plan.strategy, self.plan.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
