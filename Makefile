@@ -61,7 +61,7 @@ bench: .venv/.installed  ## measure speed and memory side by side, the quick for
 
 bench-full: .venv/.installed  ## the long forms on a quiet machine, then docs/performance.md (about an hour)
 	$(BIN)/python -m bench all
-	$(BIN)/python -m bench report
+	$(BIN)/python -m bench report --readme README.md
 
 zoo: .venv/.installed  ## make the embedded worlds and models again from seeds into runs/zoo (about an hour)
 	$(BIN)/trimtab zoo build --output runs/zoo

@@ -23,7 +23,7 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(words)
     try:
         if asked.name == "report":
-            import_module("bench.report").write(asked.output, asked.page)
+            import_module("bench.report").write(asked.output, asked.page, asked.readme)
             return 0
         for name in BENCHES if asked.name == "all" else (asked.name,):
             run(name, _options(asked), as_json=asked.json)
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="part of a case's name: other cases are left out")
     parser.add_argument("--machine", default="", help="what to call this machine (default: its host name)")
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"), help="where `report` writes")
+    parser.add_argument("--readme", type=Path, help="a README in which `report` renews the table of promises")
     parser.add_argument("--device", default="cpu", help="where the members of decode run, such as cuda (default: cpu)")
     parser.add_argument("--strong", type=_count, help="parameters of the strong model of decode (default: its own)")
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of tables")

@@ -190,8 +190,8 @@ def product_case(tokens: int, parameters: int, repeats: int, progress: Progress)
     name = product_name(tokens, parameters)
     model = load("small", parameters, "float32")
     with patch.object(lane_module, "quick_linears", lambda model: {}):
-        plain = Lane([0], [Member("base", model)], OneModel(Member("base", model), None))
-    quick = Lane([0], [Member("base", model)], OneModel(Member("base", model), None))
+        plain = Lane([0], [Member("base", model)], OneModel(Member("base", model)))
+    quick = Lane([0], [Member("base", model)], OneModel(Member("base", model)))
     arms: dict[str, Arm] = {TORCH: ReadingArm(plain, tokens), QUICK: ReadingArm(quick, tokens)}
     runs = interleave(arms, repeats, lambda text: progress(f"{name}: {text}"))
     settings = {"tokens": tokens, "parameters": parameters, "dtype": "float32"}

@@ -10,20 +10,43 @@ from bench.bars import BARS, Bar
 from bench.harness import Case, figures, listed, ratios, spread
 from trimtab.core.errors import InputError
 
-ORDER = ("decode", "solve", "memory")
+ORDER = ("decode", "solve", "memory", "onepass")
+START, END = "<!-- speed:start -->", "<!-- speed:end -->"
 Document = Mapping[str, Any]
 
 
-def write(folder: Path, page: Path) -> None:
-    """The page, written beside and then renamed.
+def write(folder: Path, page: Path, readme: Path | None = None) -> None:
+    """The page, and the table of promises between the README's marks.
 
-    raises    InputError where the folder holds no results
+    raises    InputError where the folder holds no results, or the README no marks
     """
-    text = markdown(folder, page)
+    texts = {page: markdown(folder, page)}
+    if readme is not None:
+        texts[readme] = with_promises(readme, folder)
     page.parent.mkdir(parents=True, exist_ok=True)
-    beside = page.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(page)
+    for file, text in texts.items():
+        beside = file.with_suffix(".tmp")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+
+
+def with_promises(readme: Path, folder: Path) -> str:
+    """The README with the promises of speed and memory as they were measured on each machine.
+
+    raises    InputError where it has no marks to put them between
+    """
+    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise InputError(
+            f"{readme} has no place for the measured speed.",
+            f"The table stands between the lines {START} and {END}.",
+            "put both lines where it should be.",
+        )
+    lines: list[str] = []
+    for name, files in by_machine(folder).items():
+        lines += [f"{name}:", "", *_bars({bench: harness.read_json(file) for bench, file in files.items()})]
+    return "\n".join([before + start, "", *lines]).rstrip() + f"\n\n{end}{after}"
 
 
 def markdown(folder: Path, page: Path) -> str:

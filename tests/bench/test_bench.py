@@ -200,6 +200,34 @@ def test_the_page_in_the_repository_is_that_of_the_results():
     results, page = ROOT / "bench" / "results", ROOT / "docs" / "performance.md"
     expected = report.markdown(results, page) if list(results.glob("*.json")) else None
     assert (page.read_text(encoding="utf-8") if page.exists() else None) == expected, "run `python -m bench report`"
+    readme = ROOT / "README.md"
+    command = "run `python -m bench report --readme README.md`"
+    assert readme.read_text(encoding="utf-8") == report.with_promises(readme, results), command
+
+
+def test_a_readme_keeps_its_own_words_around_the_promises(tmp_path):
+    write_results(tmp_path, Findings("Decoding", {}, [rates(strong_alone=[10.0], ours_speculated=[25.0])]))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    words = ["report", "--output", str(tmp_path), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
+    for _ in range(2):
+        assert main(words) == 0
+        text = readme.read_text()
+        assert text.startswith(f"before\n{report.START}\n")
+        assert text.endswith(f"\n{report.END}\nafter\n")
+        assert "old" not in text
+        assert text.count("2.50 (2.50") == 0
+        assert text.count("| 2.50 | met |") == 1
+
+
+def test_a_readme_without_marks_is_left_alone(tmp_path, capsys):
+    write_results(tmp_path, Findings("Decoding", {}, [rates(strong_alone=[10.0], ours_speculated=[25.0])]))
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    readme.write_text("nothing")
+    assert main(["report", "--output", str(tmp_path), "--page", str(page), "--readme", str(readme)]) == 2
+    assert "has no place for the measured speed" in capsys.readouterr().err
+    assert readme.read_text() == "nothing"
+    assert not page.exists()
 
 
 @pytest.mark.slow
