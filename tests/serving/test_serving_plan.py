@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -11,14 +12,21 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 from trimtab import FusedCausalLM
-from trimtab.core.errors import BadSetting, MemberMismatch, UnknownName, UnreadableModel, VocabularyMismatch
+from trimtab.core.errors import (
+    BadSetting,
+    MemberMismatch,
+    TrimtabError,
+    UnknownName,
+    UnreadableModel,
+    VocabularyMismatch,
+)
 from trimtab.logits import saving
 from trimtab.logits.strategy import make_strategy
 from trimtab.serving import plugin
-from trimtab.serving.drafting import speculative_config
+from trimtab.serving.drafting import DRAFTER_ARCHITECTURE, drafter_directory, speculative_config, translated
 from trimtab.serving.merging import merged
 from trimtab.serving.plan import Body, check_body, check_complete, make_plan
-from trimtab.serving.rows import fuse_rows
+from trimtab.serving.rows import draft_rows, fuse_rows
 
 ROOT = Path(__file__).parents[2]
 # peft asks transformers for a property that is on its way out.
@@ -44,13 +52,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def save(folder, experts, name, **options):
+def save(folder, experts, name, speculate="auto", **options):
     fused = FusedCausalLM.from_members(
         str(folder / "strong"),
         str(folder / "base"),
         {key: str(folder / part) for key, part in experts.items()},
         **options,
     )
+    fused.speculate = speculate
     fused.save_pretrained(folder / name)
     return fused
 
@@ -173,20 +182,112 @@ def test_rows_of_a_narrow_type_are_fused_in_float32():
 
 def test_who_drafts_is_told_to_vllm(folder):
     told = speculative_config(folder / "fused", "math", tokens=3)
-    assert told == {"method": "draft_model", "model": str((folder / "math").resolve()), "num_speculative_tokens": 3}
+    model = Path(told.pop("model"))
+    assert told == {"method": "draft_model", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}
+    assert [file.name for file in model.iterdir()] == ["config.json"]
+    assert json.loads((model / "config.json").read_text())["architectures"] == ["FusedDrafter"]
+    assert speculative_config(folder / "fused", "math")["model"] == str(model)
+    assert speculative_config(folder / "fused", "base")["model"] != str(model)
+    assert speculative_config(folder / "fused", "prompt", tokens=2) == {
+        "method": "ngram",
+        "num_speculative_tokens": 2,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }
     with pytest.raises(UnknownName, match="did you mean 'math'"):
         speculative_config(folder / "fused", "maths")
-    with pytest.raises(BadSetting, match="'facts' is an adapter"):
-        speculative_config(folder / "fused", "facts")
     with pytest.raises(BadSetting, match="a draft has 0 tokens"):
         speculative_config(folder / "fused", "math", tokens=0)
+    with pytest.raises(BadSetting, match="speculate is 17"):
+        speculative_config(folder / "fused", "math", tokens=17)
+
+
+DRAFTERS = {
+    "base": [("base", "base", None)],
+    "math": [("expert_0", "math", None)],
+    "facts": [("expert_1", "base", "adapter")],
+    "mixture": [("expert_0", "math", None), ("expert_1", "base", "adapter")],
+    "fused": [("base", "base", None), ("expert_0", "math", None), ("expert_1", "base", "adapter")],
+}
+
+
+@pytest.mark.parametrize("rule", DRAFTERS)
+def test_a_drafter_runs_its_own_members_only(folder, rule):
+    directory = drafter_directory(folder / "fused", rule)
+    plan = make_plan(saving.read_config(directory), directory)
+    found = [(body.key, body.directory.name, body.adapter and body.adapter.name) for body in plan.bodies]
+    assert found == DRAFTERS[rule]
+    assert plan.drafter.name == rule
+    # The fused model's own directory has no drafter, and its members are all there.
+    assert plan_of(folder).drafter is None
+
+
+@pytest.mark.parametrize("rule", ["math", "mixture", "fused"])
+def test_a_drafter_answers_with_its_own_law(folder, rule):
+    directory = drafter_directory(folder / "fused", rule)
+    plan = make_plan(saving.read_config(directory), directory)
+    logits = [torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    base, math, facts = (scores[:, :9].log_softmax(-1) for scores in logits)
+    wanted = {
+        "math": lambda: math,
+        "mixture": lambda: (math.exp() + facts.exp()).div(2).log(),
+        "fused": lambda: plan.strategy(base, base, torch.stack([math, facts])).log_probs,
+    }[rule]()
+    read = {"math": logits[1:2], "mixture": logits[1:], "fused": logits}[rule]
+    torch.testing.assert_close(draft_rows(read, plan.body_of, plan.drafter, 9), wanted)
+
+
+def test_a_drafters_members_are_found_from_anywhere_and_compared(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "all")
+    content = json.loads((tmp_path / "all" / "fused" / "config.json").read_text())
+    assert content["experts"][0]["where"] == "../math"
+    directory = drafter_directory(tmp_path / "all" / "fused", "math")
+    plan = make_plan(saving.read_config(directory), directory)
+    assert plan.bodies[0].directory == tmp_path / "all" / "math"
+    shutil.copy(folder / "base" / "model.safetensors", tmp_path / "all" / "math")
+    with pytest.raises(MemberMismatch, match="member 'math' has changed"):
+        make_plan(saving.read_config(directory), directory)
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(TrimtabError, match=r"cannot be written to .*file/trimtab/drafters"):
+        drafter_directory(folder / "fused", "math")
+
+
+def test_settings_of_speculation_are_translated(folder):
+    save(folder, {"facts": "adapter", "math": "math"}, "told", speculate=5)
+    stored = translated(folder / "told")
+    assert stored.config == speculative_config(folder / "told", "math", tokens=5)
+    assert stored.remark == "'math' drafts 5 tokens at a time, in the place of 'lately': vLLM keeps one drafter."
+    assert translated(folder / "told", draft="facts").config == speculative_config(folder / "told", "facts", tokens=5)
+    assert translated(folder / "told", 2, "base").remark == "'base' drafts 2 tokens at a time."
+    assert translated(folder / "told", draft="prompt").config["method"] == "ngram"
+    assert translated(folder / "told", speculate=0).config is None
+    with pytest.raises(UnknownName, match="drafter 'mathh'"):
+        translated(folder / "told", draft="mathh")
+    save(folder, {"facts": "adapter"}, "adapters", speculate=3)
+    assert translated(folder / "adapters").config == speculative_config(folder / "adapters", "facts", tokens=3)
+
+
+def test_automatic_drafts_are_made_where_sizes_say_that_they_pay(folder, monkeypatch):
+    refused = translated(folder / "fused", "auto", "math")
+    assert refused.config is None
+    assert "the strong model is too small for drafts to pay" in refused.remark
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 1000)
+    assert translated(folder / "fused", "auto", "math").config["num_speculative_tokens"] == 4
+    # The strong model has three times as many weights as one small member, not as two of them.
+    assert translated(folder / "fused", "auto", "mixture").config is None
+    assert translated(folder / "fused", "auto", "prompt").config["method"] == "ngram"
 
 
 def test_the_entry_point_names_what_is_there(folder):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, name = project["entry-points"]["vllm.general_plugins"]["trimtab"].split(":")
     assert getattr(importlib.import_module(module), name) is plugin.register
-    assert json.loads((folder / "fused" / "config.json").read_text())["architectures"] == [plugin.ARCHITECTURE]
+    assert json.loads((folder / "fused" / "config.json").read_text())["architectures"] == [plugin.ARCHITECTURES[0]]
+    assert plugin.ARCHITECTURES[1] == DRAFTER_ARCHITECTURE
     file, kind = plugin.MODEL.split(":")
     source = ROOT / "src" / f"{file.replace('.', '/')}.py"
     assert f"class {kind}(" in source.read_text(encoding="utf-8")

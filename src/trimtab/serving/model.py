@@ -23,7 +23,7 @@ from trimtab.core.errors import BadSetting
 from trimtab.serving.heads import fill_heads
 from trimtab.serving.merging import merged
 from trimtab.serving.plan import Body, check_body, check_complete, make_plan
-from trimtab.serving.rows import fuse_rows
+from trimtab.serving.rows import draft_rows, fuse_rows
 
 
 class FusedForVllm(nn.Module):
@@ -75,7 +75,7 @@ class FusedForVllm(nn.Module):
         return torch.cat([body(input_ids, positions) for body in self.bodies], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Fused log-probabilities [row, vocab], float32; None on processes that get no logits.
+        """Fused (or a drafter's) log-probabilities [row, vocab], float32; None on processes that get no logits.
 
         hidden_states   [row, sum of widths], rows of what `forward` returned
         """
@@ -84,9 +84,12 @@ class FusedForVllm(nn.Module):
         logits = [body.compute_logits(part.contiguous()) for body, part in zip(self.bodies, parts, strict=True)]
         if any(scores is None for scores in logits):
             return None
+        plan = self.plan
+        if plan.drafter is not None:
+            return draft_rows(logits, plan.body_of, plan.drafter, plan.vocab_size)
         if self.steering is not None:
             return self.steering.fuse(logits, hidden_states)  # type: ignore[no-any-return]
-        return fuse_rows(logits, self.plan.body_of, self.plan.strategy, self.plan.vocab_size)
+        return fuse_rows(logits, plan.body_of, plan.strategy, plan.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fills every body from its own directory; returns the names of all parameters filled.

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.core.errors import BadSetting, MemberMismatch, UnreadableModel, VocabularyMismatch
 from trimtab.logits import references, saving
 from trimtab.logits.config import FusedConfig
+from trimtab.logits.speculation.draft import Drafter, check_rule, drafter_for
 from trimtab.logits.strategy import Strategy, strategy_from_dict
+
+DRAFTER = "drafter"  # in config.json: who drafts, a member or a rule; fused directories have no such entry
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,17 @@ class ServingPlan:
     """A fused directory, checked and made definite.
 
     bodies      each distinct model once, the strong one first
-    body_of     for strong, base and each expert: its place in `bodies`
+    body_of     for strong, base and each expert: its place in `bodies`; for a drafter: for each of its members
     vocab_size  tokens that are fused; padding rows beyond them are cut
+    drafter     set where the directory is that of a drafter (see `drafting`): it answers with its own law, not the
+                fused one, and only its members are run
     """
 
     bodies: tuple[Body, ...]
     body_of: tuple[int, ...]
     strategy: Strategy
     vocab_size: int
+    drafter: Drafter | None = None
 
 
 def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
@@ -54,19 +62,30 @@ def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
     """
     _refuse_own_prompts(config)
     strong, base, experts = saving.references_of(config)
+    strategy = strategy_from_dict(config.strategy or {}, tuple(experts))
+    drafter = _drafter_of(config, strategy)
+    keys = {"strong": "strong", "base": "base", **{name: f"expert_{place}" for place, name in enumerate(experts)}}
     named = {"strong": strong, "base": base, **experts}
     places = {name: _locate(name, reference, directory) for name, reference in named.items()}
     for name in ("strong", "base"):
         _refuse_adapter(name, places[name])
     bodies: dict[tuple[Path, Path | None], Body] = {}
     body_of = []
-    for index, (name, place) in enumerate(places.items()):
+    for name in named if drafter is None else drafter.members:
+        place = places[name]
         weights, adapter = (places["base"], place) if references.is_adapter(place) else (place, None)
-        key = name if index < 2 else f"expert_{index - 2}"
-        bodies.setdefault((weights, adapter), Body(key, name, weights, adapter))
+        bodies.setdefault((weights, adapter), Body(keys[name], name, weights, adapter))
         body_of.append(list(bodies).index((weights, adapter)))
-    strategy = strategy_from_dict(config.strategy or {}, tuple(experts))
-    return ServingPlan(tuple(bodies.values()), tuple(body_of), strategy, config.vocab_size)
+    return ServingPlan(tuple(bodies.values()), tuple(body_of), strategy, config.vocab_size, drafter)
+
+
+def _drafter_of(config: FusedConfig, strategy: Strategy) -> Drafter | None:
+    rule = getattr(config, DRAFTER, None)
+    if rule is None:
+        return None
+    names = strategy.expert_names
+    check_rule(rule, names)
+    return drafter_for(rule, names, strategy, torch.zeros(len(names)))
 
 
 def _locate(name: str, reference: references.Reference, directory: Path) -> Path:

@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 from typing import Any
 
-ARCHITECTURE = "FusedCausalLM"  # what config.json of a fused directory names
+# What config.json names: in a fused directory, and in one that `drafting` writes. The same code runs both.
+ARCHITECTURES = ("FusedCausalLM", "FusedDrafter")
 MODEL = "trimtab.serving.model:FusedForVllm"
 
 
@@ -16,9 +17,10 @@ def register() -> None:
 
     deny_llvmlite_fields()
     AutoConfig.register(FusedConfig.model_type, FusedConfig, exist_ok=True)
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        # By name: importing vLLM's model code here would start CUDA in processes that must not.
-        ModelRegistry.register_model(ARCHITECTURE, MODEL)
+    for architecture in ARCHITECTURES:
+        if architecture not in ModelRegistry.get_supported_archs():
+            # By name: importing vLLM's model code here would start CUDA in processes that must not.
+            ModelRegistry.register_model(architecture, MODEL)
 
 
 def deny_llvmlite_fields() -> None:

@@ -48,8 +48,10 @@ class Static:
         if not isinstance(self.alpha, dict):
             return torch.full_like(pull.forward[0], self.alpha)
         self.check_names(step.names)
-        by_place = torch.tensor([self.alpha[name] for name in step.names], dtype=pull.forward.dtype)
-        return by_place.to(step.who.device).index_select(0, step.who.flatten()).view_as(step.who)
+        alphas = torch.zeros_like(pull.forward[0])
+        for place, name in enumerate(step.names):  # a table of alphas would be a copy to the device at every step
+            alphas = torch.where(step.who == place, self.alpha[name], alphas)
+        return alphas
 
     def joint_law(self, step: Step) -> Float[Tensor, "batch vocab"]:
         """log p + sum_t alpha_t d_t, normalised: proxy-tuning with several experts."""

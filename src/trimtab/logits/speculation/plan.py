@@ -50,8 +50,11 @@ class Plan:
 
 def small_strong(strong: Member, small: Sequence[Member]) -> str | None:
     """Why drafts cannot pay for these members, judged by what one token costs each; None when they may."""
-    cheapest = min((step_bytes(member) for member in small), default=0)
-    cost = step_bytes(strong)
+    return too_small(step_bytes(strong), min((step_bytes(member) for member in small), default=0))
+
+
+def too_small(cost: int, cheapest: int) -> str | None:
+    """Why drafts cannot pay where a token costs the strong model and the cheapest drafter so many bytes; or None."""
     if cost >= WORTH_BYTES and cost >= WORTH_RATIO * cheapest:
         return None
     return (
