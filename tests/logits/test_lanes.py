@@ -176,6 +176,63 @@ def test_what_happens_to_a_stacked_model_is_seen():
     torch.testing.assert_close(model(ids).logits, before, atol=1e-3, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_any_weight_that_is_replaced_is_seen():
+    model = fuse(one_pass=True)
+    math, facts = (model.members.experts[name].model for name in ("math", "facts"))
+    ids = torch.tensor([[7, 8, 9]])
+
+    def set_data():
+        facts.lm_head.weight.data = -facts.lm_head.weight.data
+
+    def set_parameter():
+        math.model.norm.weight = torch.nn.Parameter(3 * math.model.norm.weight)
+
+    def set_module():
+        new = torch.nn.Linear(32, tiny.VOCAB, bias=False)
+        new.weight.data = facts.lm_head.weight.data.flip(0).clone()
+        facts.lm_head = new
+
+    def set_module_of_the_frame():
+        new = torch.nn.Embedding(tiny.VOCAB, 32)
+        new.weight.data = -2 * model.members.base.model.get_input_embeddings().weight.data
+        model.members.base.model.set_input_embeddings(new)
+
+    def load():
+        facts.load_state_dict({name: part * 0.7 for name, part in facts.state_dict().items()}, assign=True)
+
+    def in_place():
+        facts.model.layers[-1].mlp.down_proj.weight.data.mul_(-1.0)
+
+    before = model(ids).logits
+    for change in (set_data, set_parameter, set_module, set_module_of_the_frame, load, in_place):
+        change()
+        joint = model(ids).logits
+        assert not torch.allclose(joint, before, atol=1e-2), change
+        apart = torch.stack([member.model(ids).logits.log_softmax(-1) for member in model.members])
+        expected = model.strategy(apart[0, 0], apart[1, 0], apart[2:, 0]).log_probs
+        torch.testing.assert_close(joint[0], expected, atol=1e-4, rtol=1e-4)
+        before = joint
+    assert kinds_of(model)[1] == ("stacked", (1, 2, 3))
+
+
+@torch.no_grad()
+def test_members_that_are_no_longer_alike_are_refused_until_they_are_sorted_anew():
+    for change in (
+        lambda facts: facts.to(torch.float64),
+        lambda facts: setattr(facts, "lm_head", torch.nn.Linear(32, tiny.VOCAB, bias=True)),
+    ):
+        model = fuse(one_pass=True)
+        change(model.members.experts["facts"].model)
+        with pytest.raises(
+            BadSetting, match=r"(?s)no longer of one architecture, number type.*set fused.one_pass again"
+        ):
+            model(torch.tensor([[7, 8]]))
+        model.one_pass = "auto"  # the fix
+        assert kinds_of(model)[1:] == [("stacked", (1, 2)), ("alone", (3,))]
+        model(torch.tensor([[7, 8]]))
+
+
 def test_the_member_with_broken_logits_is_named():
     model = fuse(one_pass=True)
     with torch.no_grad():
@@ -262,7 +319,7 @@ def test_adapters_share_memory_and_can_be_saved(tmp_path):
     with pytest.warns(match="may not descend"):
         model = FusedCausalLM.from_members(strong, base, {"a": adapted}, tokenizer=tiny.make_tokenizer(), one_pass=True)
     switch = model.members.switch(model.members.base)
-    body = adapter_rows.AdapterRows(base, switch, [None, "a", "b"])
+    body = adapter_rows.AdapterRows(base, [None, "a", "b"])
     ids = torch.tensor([[7, 8, 9]] * 3)
     joint = body(input_ids=ids)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.parameters()}
@@ -298,6 +355,46 @@ def test_what_happens_to_adapters_is_seen(tmp_path):
     assert not torch.allclose(after, joint, atol=1e-3)
     model.one_pass = False
     torch.testing.assert_close(after, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_any_adapter_weight_that_is_replaced_is_seen(tmp_path):
+    model = with_adapters(tmp_path, one_pass=True)
+    switch, adapter = model.members.switch(model.members.base), model.members.experts["c"].adapter
+    ids = torch.tensor([[7, 8, 9]])
+    last = switch.layers[-1]
+
+    def set_data():
+        last.lora_B[adapter].weight.data = -2 * last.lora_B[adapter].weight.data
+
+    def set_parameter():
+        last.lora_A[adapter].weight = torch.nn.Parameter(3 * last.lora_A[adapter].weight)
+
+    def load_again():
+        switch._peft.load_adapter(str(tmp_path / "c"), adapter_name=adapter)  # as it was before
+
+    def of_the_base():
+        last.base_layer.weight.data = 2 * last.base_layer.weight.data
+
+    def in_place():
+        last.lora_B[adapter].weight.data.mul_(-3.0)
+
+    before = model(ids).logits
+    for change in (set_data, set_parameter, load_again, of_the_base, in_place):
+        change()
+        joint = model(ids).logits
+        assert not torch.allclose(joint, before, atol=1e-3), change
+        model.one_pass = False
+        torch.testing.assert_close(joint, model(ids).logits, atol=1e-4, rtol=1e-4)
+        model.one_pass, before = True, joint
+
+
+def test_an_adapter_that_is_taken_away_is_missed(tmp_path):
+    model = with_adapters(tmp_path, one_pass=True)
+    name = model.members.experts["c"].adapter
+    model.members.switch(model.members.base)._peft.delete_adapter(name)
+    with pytest.raises(BadSetting, match=f"adapter '{name}' is not on the model"):
+        model(torch.tensor([[7, 8]]))
 
 
 def test_adapters_in_another_number_type_than_their_base(tmp_path):
@@ -499,13 +596,14 @@ def test_two_fused_models_share_stacked_members():
     math, facts, strong = tiny.tuned(base, 10), tiny.tuned(base, 11), tiny.make(seed=0)
     options = {"tokenizer": tiny.make_tokenizer(), "one_pass": True}
     both = FusedCausalLM.from_members(strong, base, {"math": math, "facts": facts}, **options)
-    place = facts.lm_head.weight.data_ptr()
     one = FusedCausalLM.from_members(strong, base, {"math": math}, **options)
     other = FusedCausalLM.from_members(strong, base, {"facts": facts}, **options)  # lies apart from the base
     ids = torch.tensor([[7, 8, 9]])
-    found = [model(ids).logits for model in (both, one, other, both)]
-    assert facts.lm_head.weight.data_ptr() != place, "the last model that was read holds the stack"
-    assert base.lm_head.weight.untyped_storage().nbytes() == 3 * base.lm_head.weight.nbytes
+    found, sizes = [], []
+    for model in (both, one, other, both):
+        found.append(model(ids).logits)
+        sizes.append(facts.lm_head.weight.untyped_storage().nbytes() // facts.lm_head.weight.nbytes)
+    assert sizes == [3, 3, 2, 3], "the last model that was read holds the stack"
     torch.testing.assert_close(found[0], found[3])
     for model, logits in zip((both, one, other), found[:3], strict=True):
         model.one_pass = False

@@ -1,5 +1,6 @@
 """With drafts everything that `generate` knows gives what it gives without: tokens, stops, streams, scores, caches."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -12,6 +13,7 @@ import tiny
 from fusing import PROMPTS, check_same_tokens, fuse, new_tokens
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting, UnknownName
+from trimtab.logits.reading import BrokenLaw
 from trimtab.logits.speculation import plan
 from trimtab.logits.speculation.draft import drafter_for, lookup
 from trimtab.logits.speculation.length import Costs, DraftLength
@@ -115,6 +117,75 @@ def test_members_in_bfloat16_draft():
     check_same_tokens(model, drafted, plain, inputs, tolerance=0.3, most=1)
 
 
+@contextlib.contextmanager
+def breaking_after(token, member, model):
+    """Within the block a member gives NaN behind any text with this token."""
+    body = next(own.model for name, own in zip(model.member_names, model.members, strict=True) if name == member)
+    row = body.get_input_embeddings().weight.data[token]
+    usual = row.clone()
+    row.fill_(torch.nan)
+    yield
+    row.copy_(usual)
+
+
+def rejected_drafts(model, prompts, plain, **options):
+    """Tokens that are drafted, and come neither in the prompts nor in the texts."""
+    read = set()
+    hook = model.members.strong.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.update(kwargs["input_ids"].flatten().tolist()), with_kwargs=True
+    )
+    inputs, _ = new_tokens(model, prompts, **options)
+    hook.remove()
+    return sorted(read - set(plain.flatten().tolist()) - set(inputs["input_ids"].flatten().tolist()) - {0, 1})
+
+
+@pytest.mark.parametrize("prompts", [MANY[0], MANY], ids=["one", "batch"])
+@pytest.mark.parametrize("member", ["strong", "math", "facts"])
+def test_a_law_that_breaks_behind_a_rejected_token_harms_nobody(prompts, member):
+    options = {"speculate": 4, "speculate_draft": "math", "max_new_tokens": 16}
+    model = fuse(one_pass=False)  # so that a hook can look at what is read
+    inputs, plain = new_tokens(model, prompts, **options | {"speculate": 0})
+    tokens = rejected_drafts(model, prompts, plain, **options)[:3]
+    assert tokens
+    model.one_pass = "auto"
+    for token in tokens:
+        with breaking_after(token, member, model):
+            _, drafted = new_tokens(model, prompts, **options)
+        assert model.last_speculation.drafted > model.last_speculation.accepted
+        check_same_tokens(model, drafted, plain, inputs)
+
+
+@pytest.mark.parametrize("draft", ["math", "base"])
+@pytest.mark.parametrize("member", ["strong", "math"])
+def test_a_law_that_breaks_where_the_text_comes_is_told_of_at_its_step(fused, member, draft):
+    _, plain = new_tokens(fused, MANY[0], speculate=0)
+    used = fused.encode(MANY[0])["input_ids"].flatten().tolist()
+    new = plain[0].tolist()
+    at, token = next((at, token) for at, token in enumerate(new) if token not in (*used, *new[:at]) and at > 2)
+    model, found = fuse(), []
+    for drafts in (0, 4):
+        with breaking_after(token, member, model), pytest.raises(BrokenLaw) as error:
+            new_tokens(model, MANY[0], speculate=drafts, speculate_draft=draft)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+    assert f"member '{member}' gave logits that are NaN or make no law, at step {at + 2} of" in found[0]
+    assert model.last_speculation.emitted == at + 1  # what came before is counted
+
+
+@pytest.mark.parametrize("member", ["strong", "math", "facts"])
+def test_a_law_behind_the_end_of_a_text_is_never_needed(fused, member):
+    """An end is the last token of a draft that stands as a whole, and nobody goes on from there."""
+    inputs, plain = new_tokens(fused, MANY[0], speculate=0)
+    used = inputs["input_ids"].flatten().tolist()
+    end = next(token for token in plain[0, 3:].tolist() if token not in used)
+    model, ends = fuse(), []
+    with breaking_after(end, member, model):
+        for drafts in (0, 1, 2, 3, 4):
+            ends.append(new_tokens(model, MANY[0], speculate=drafts, speculate_draft="math", eos_token_id=end)[1])
+    assert all(torch.equal(ids, ends[0]) for ids in ends)
+    assert ends[0][0, -1] == end
+
+
 def test_drafts_stop_where_a_context_ends(fused):
     prompt = "x" * (tiny.CONTEXT - 6)
     with pytest.warns(match="cut after 7 new tokens"):
@@ -184,6 +255,52 @@ def test_nobody_is_asked_about_positions_behind_an_end(fused):
     _, ids = new_tokens(fused, "Q: and now", speculate=6, **allowed)
     assert ids.tolist() == [[10, 11, 12, 1]]
     assert fused.last_speculation.accepted > 0
+
+
+def test_what_is_looked_up_ends_where_a_text_would(fused):
+    prompt = torch.tensor([[5, 6, 7, 1, 8, 9, 10, 11, 12]])
+    tree = {(): [5], (5,): [6], (5, 6): [7], (5, 6, 7): [1]}
+    options = {"prefix_allowed_tokens_fn": lambda row, ids: tree[tuple(ids.tolist()[9:])], "do_sample": False}
+    ids = fused.generate(prompt, speculate=6, speculate_draft="prompt", max_new_tokens=9, **options)
+    assert ids[0, 9:].tolist() == [5, 6, 7, 1]
+    assert (fused.last_speculation.drafted, fused.last_speculation.accepted) == (2, 2)
+
+
+class Tree:
+    """What may follow a text that can be; any other is a KeyError, as in a walk along a trie."""
+
+    def __init__(self, start, depth=12):
+        self.start, self.depth, self.asked = start, depth, 0
+
+    def __call__(self, row, ids):
+        new = ids.tolist()[self.start :]
+        allowed = self.follow(row, ())
+        for depth, token in enumerate(new):
+            if token == 1 and depth > 0:
+                return [0, 1]
+            allowed = dict.fromkeys(allowed, self.follow(row, new[: depth + 1]))[token]
+        self.asked += 1
+        return allowed if len(new) < self.depth else [1]
+
+    def follow(self, row, new):
+        """Five tokens, others in each row and at each step; 10 and 11 are always among them."""
+        return [10, 11, *(20 + (7 * row + 3 * len(new) + n) % 40 for n in range(3))]
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", ["prompt", "math", "fused"])
+def test_nobody_is_asked_about_texts_that_cannot_be(fused, draft, do_sample):
+    prompts = ["abcdef abcdef abc", "gggg(h)gggg(h)gg", "Q"]
+    tree = Tree(fused.encode(prompts)["input_ids"].shape[1])
+    options = {"prefix_allowed_tokens_fn": tree, "speculate_draft": draft, "do_sample": do_sample}
+    if do_sample:
+        for seed in range(4):
+            torch.manual_seed(seed)
+            new_tokens(fused, prompts, speculate=4, **options)
+            assert fused.last_speculation.drafted > 0
+    else:
+        assert check_with_drafts(fused, prompts, **options).drafted > 0
+    assert tree.asked > 0
 
 
 def test_processors_that_may_keep_account_of_steps_go_without(fused):

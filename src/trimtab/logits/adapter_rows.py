@@ -13,9 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trimtab.logits.linears import Forward, hooks_of, is_free, linear, quick_linears, refuse_hooks, standing_in
-from trimtab.logits.lora import AdapterSwitch
-from trimtab.logits.views import are_views, stack_
+from trimtab.logits.linears import (
+    StandIn,
+    changed,
+    hooks_of,
+    is_free,
+    linear,
+    quick_linears,
+    refuse_hooks,
+    standing_in,
+)
+from trimtab.logits.lora import AdapterSwitch, switch_on
+from trimtab.logits.turns import turn_of
+from trimtab.logits.views import BUILDING, Watch, stack_
 
 
 class AdapterRows:
@@ -25,24 +35,39 @@ class AdapterRows:
     adapters    per copy of the batch: the adapter's name; None: the bare model
     """
 
-    def __init__(self, model: Any, switch: AdapterSwitch | None, adapters: Sequence[str | None]) -> None:
-        self._model, self._adapters, self._hooks = model, tuple(adapters), hooks_of([model])
-        self._layers = list(switch.layers) if switch is not None else []
+    def __init__(self, model: Any, adapters: Sequence[str | None]) -> None:
+        self._model, self._adapters = model, tuple(adapters)
         self._build()
 
     def _build(self) -> None:
-        adapted = {layer: AdaptedLinear(layer, self._adapters) for layer in self._layers}
-        self._spans = [span for stand_in in adapted.values() for span in stand_in.spans]
-        bases = {layer.base_layer for layer in self._layers}  # an adapted layer sees to its base itself
+        with BUILDING:
+            self._build_alone()
+
+    def _build_alone(self) -> None:
+        self._hooks, switch = hooks_of([self._model]), switch_on(self._model)
+        layers = switch.layers if switch is not None else []
+        adapted = {layer: AdaptedLinear(layer, self._adapters) for layer in layers}
+        bases = {layer.base_layer for layer in layers}  # an adapted layer sees to its base itself
         quick = {module: forward for module, forward in quick_linears(self._model).items() if module not in bases}
-        self._forwards: dict[nn.Module, Forward] = {**quick, **adapted}
+        self._forwards: dict[nn.Module, StandIn] = {**quick, **adapted}
+        self._watch = Watch([self._model])
 
     def __call__(self, **inputs: Any) -> Float[Tensor, "rows kept vocab"]:
-        refuse_hooks(self._hooks)
-        if not all(span.is_current for span in self._spans[:1]):
-            self._build()  # the model went to another device or number type
-        with standing_in(self._forwards):
-            return self._model(**inputs).logits  # type: ignore[no-any-return]
+        with turn_of(self._model):
+            if not self._watch.is_current:
+                self._rebuild()
+            refuse_hooks(self._hooks)
+            with standing_in(self._forwards):
+                return self._model(**inputs).logits  # type: ignore[no-any-return]
+
+    def _rebuild(self) -> None:
+        """After weights were set anew or loaded again, adapters were added, or the model moved."""
+        switch = switch_on(self._model)
+        if switch is not None:
+            switch.refresh()
+        if reason := why_not(switch, self._adapters):
+            raise changed(reason)
+        self._build()
 
 
 class Span:
@@ -56,14 +81,9 @@ class Span:
 
     def __init__(self, layer: Any, start: int, names: Sequence[str]) -> None:
         self.start, self.end = start, start + len(names)
-        self._layer, self._names = layer, tuple(names)
+        self._layer, self._names = layer, tuple(names)  # for the scaling, which may change
         self.A = stack_([layer.lora_A[name].weight for name in names])
         self.B = stack_([layer.lora_B[name].weight for name in names])
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the stacks hold the adapters still."""
-        return are_views(self.A, [self._layer.lora_A[name].weight for name in self._names])
 
     @property
     def scaling(self) -> float | Tensor:
@@ -83,7 +103,7 @@ class Span:
             result.add_(torch.bmm(narrow, self.B.transpose(1, 2)) * scaling)
 
 
-class AdaptedLinear:
+class AdaptedLinear(StandIn):
     """The forward of one of peft's LoRA layers in which every copy of the batch has its own adapter, or none."""
 
     def __init__(self, layer: Any, adapters: Sequence[str | None]) -> None:
@@ -123,6 +143,9 @@ def why_not(switch: AdapterSwitch | None, adapters: Sequence[str | None]) -> str
     if switch.wrappers:
         return "an adapter brings whole layers of its own (modules_to_save)"
     names = {name for name in adapters if name is not None}
+    gone = names - {name for layer in switch.layers for name in getattr(layer, "lora_A", ())}
+    if gone and all(type(layer) is Linear for layer in switch.layers):
+        return f"adapter '{min(gone)}' is not on the model"
     for layer in switch.layers:
         if type(layer) is not Linear:
             return f"an adapter sits on a layer of type {type(layer).__name__} ({type(layer).__module__})"

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from trimtab.logits.reading import BrokenLaw, Reader
 from trimtab.logits.speculation import generating
 from trimtab.logits.speculation.decode import Meter
 from trimtab.logits.speculation.plan import Plan
-from trimtab.logits.speculation.report import SpeculationReport
+from trimtab.logits.speculation.report import SpeculationReport, last_report, note_report
 
+# The call of `generate` that is under way: whose, and its plan. Other threads, and calls within a call, have their own.
+_UNDER_WAY: ContextVar[tuple[Any, Plan] | None] = ContextVar("under_way", default=None)
 DEFAULT_NEW_TOKENS = 20  # transformers' own, where the caller names no length
 
 
@@ -27,10 +30,17 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
     reader: Reader
     encoder: PromptEncoder
-    last_speculation: SpeculationReport = SpeculationReport(reason="nothing was generated yet")
     _plan: Plan
     _meter: Meter | None = None
-    _asked_plan: Plan | None = None
+    _latest: SpeculationReport = SpeculationReport(reason="nothing was generated yet")
+
+    @property
+    def last_speculation(self) -> SpeculationReport:
+        """What speculation did in the last generation of the thread that asks, also where that ended with an error.
+
+        A thread that has generated nothing with this model is told of the last generation that any thread finished.
+        """
+        return last_report(self) or self._latest
 
     @torch.no_grad()
     def generate(
@@ -67,13 +77,15 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         asked_end = asked.get("eos_token_id")  # may be token 0
         ends = _listed(self.generation_config.eos_token_id if asked_end is None else asked_end)
         limit = self._limit_length(inputs, kwargs, asked) if is_fresh else None
-        self._asked_plan, self.last_speculation = plan, SpeculationReport(reason=generating.OTHER_MODE)
+        note_report(self, SpeculationReport(reason=generating.OTHER_MODE))
+        call = _UNDER_WAY.set((self, plan))
         try:
             output = super().generate(inputs, *args, **kwargs)
         except BrokenLaw as error:
             raise error.in_generation(inputs.shape[1]) from error
         finally:
-            self._asked_plan = None
+            _UNDER_WAY.reset(call)
+            self._latest = self.last_speculation
         sequences = output if isinstance(output, Tensor) else output.sequences
         if limit is not None:
             self._warn_if_cut(sequences[:, inputs.shape[1] :], ends, *limit)
@@ -133,14 +145,25 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         task = generating.Task(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs
         )
-        plan = self._asked_plan or Plan(speculate=0)
+        plan = self._plan_under_way()
         reason = generating.why_not(self, plan, task)
+        report = SpeculationReport(reason=reason)
+        note_report(self, report)
         if reason is None:
-            return generating.speculative_sample(self, plan, task)
-        self.last_speculation = SpeculationReport(reason=reason)
+            return generating.speculative_sample(self, plan, task, report)
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )
+
+    def _plan_under_way(self) -> Plan:
+        call = _UNDER_WAY.get()
+        if call is None or call[0] is not self:
+            raise BadSetting(
+                "nobody has said how this generation is to be speculated.",
+                "The loop over tokens is no entrance: `generate` reads the settings and checks the prompt before it.",
+                "call generate(...) of the fused model.",
+            )
+        return call[1]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int

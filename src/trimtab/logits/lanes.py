@@ -11,8 +11,9 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from trimtab.core.errors import ContextTooLong
 from trimtab.logits.linears import quick_linears, standing_in
-from trimtab.logits.lora import AdapterSwitch
+from trimtab.logits.lora import switch_on
 from trimtab.logits.members import Member
+from trimtab.logits.turns import turn_of
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,18 @@ Body = Callable[..., Tensor]
 class OneModel:
     """The body of a lane of one run: the model itself, with the run's adapter on."""
 
-    def __init__(self, member: Member, switch: AdapterSwitch | None) -> None:
-        self._member, self._switch = member, switch
+    def __init__(self, member: Member) -> None:
+        self._member = member
         self._forwards = quick_linears(member.model)
 
     def __call__(self, **inputs: Any) -> Float[Tensor, "rows kept vocab"]:
-        if self._switch is not None:
-            self._switch.select(self._member.adapter)
-        with standing_in(self._forwards):
-            return self._member.model(**inputs).logits  # type: ignore[no-any-return]
+        model = self._member.model
+        with turn_of(model):
+            switch = switch_on(model)  # another fused model may have put adapters onto this one since
+            if switch is not None:
+                switch.select(self._member.adapter)
+            with standing_in(self._forwards):
+                return model(**inputs).logits  # type: ignore[no-any-return]
 
 
 class Lane:

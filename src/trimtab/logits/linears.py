@@ -8,7 +8,6 @@ matrix MKL does one or two rows at full speed; oneDNN, which torch also holds, d
 """
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +22,10 @@ ONEDNN_PAYS = 2**20
 # Up to so many rows, of matrices of at least so many numbers, a batch of so many parts is the quickest; not where the
 # parts are much wider than high.
 FEW_ROWS, PARTS_PAY, PARTS, WIDEST = 2, 2**18, 8, 8
-# A model's modules are the same for all threads, so nobody else may read while forwards stand in for theirs.
-_ONE_AT_A_TIME = threading.RLock()
-Forward = Callable[..., Any]
+
+
+class StandIn:
+    """A forward that stands in for a module's own while a lane reads."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ def has_onednn() -> bool:
     return is_there() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class FewRows:
+class FewRows(StandIn):
     """The forward of an `nn.Linear`, by `linear`."""
 
     def __init__(self, module: nn.Linear) -> None:
@@ -72,7 +72,7 @@ class FewRows:
         return linear(x, self._module.weight, self._module.bias)
 
 
-def quick_linears(model: nn.Module) -> dict[nn.Module, Forward]:
+def quick_linears(model: nn.Module) -> dict[nn.Module, StandIn]:
     """Stand-ins for the linear layers of a model on the CPU that are large enough to gain."""
     return {
         module: FewRows(module)
@@ -87,7 +87,7 @@ def quick_linears(model: nn.Module) -> dict[nn.Module, Forward]:
 
 def is_free(module: nn.Module) -> bool:
     """Whether nobody else, such as accelerate, has put a forward of his own in this module's place."""
-    return "forward" not in vars(module)
+    return isinstance(vars(module).get("forward"), StandIn | None)  # another thread may be reading just now
 
 
 def hooks_of(models: Iterable[nn.Module]) -> list[Mapping[int, Any]]:
@@ -106,18 +106,23 @@ def refuse_hooks(tables: Iterable[Mapping[int, Any]]) -> None:
         )
 
 
+def changed(reason: str) -> BadSetting:
+    """The error for members that were changed so that they cannot be read in one forward any more."""
+    return BadSetting(
+        f"small members that are read in one forward have been changed: {reason}.",
+        "Weights may be replaced by others of the same kind; which members go together is decided before.",
+        "set fused.one_pass again, for example to itself: it sorts the members anew.",
+    )
+
+
 @contextmanager
-def standing_in(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Modules compute with these forwards within the block, and are as they were after it; one thread at a time."""
-    if not forwards:
+def standing_in(forwards: Mapping[nn.Module, StandIn]) -> Iterator[None]:
+    """Modules compute with these forwards within the block, and are as they were after it; see `turns` for threads."""
+    for module, forward in forwards.items():
+        # Past nn.Module.__setattr__, which takes longer; a forward of the instance goes before the class's.
+        vars(module)["forward"] = forward
+    try:
         yield
-        return
-    with _ONE_AT_A_TIME:
-        for module, forward in forwards.items():
-            # Past nn.Module.__setattr__, which takes longer; a forward of the instance goes before the class's.
-            vars(module)["forward"] = forward
-        try:
-            yield
-        finally:
-            for module in forwards:
-                del vars(module)["forward"]
+    finally:
+        for module in forwards:
+            del vars(module)["forward"]

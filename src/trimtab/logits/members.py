@@ -101,7 +101,7 @@ class Members:
 
     def switch(self, member: Member) -> lora.AdapterSwitch | None:
         """What turns this member's adapters on and off; None for a model without any."""
-        return self.switches.get(id(member.model))
+        return lora.switch_on(member.model)
 
 
 class Shelf:
@@ -129,7 +129,7 @@ class Shelf:
         if not references.is_adapter(directory):
             return Member(name, self._load(name, reference, directory), None, reference, directory, tokenizer)
         under, doubt = self._under(name, directory, base)
-        switch = self.switches.setdefault(id(under.model), lora.AdapterSwitch(under.model))
+        switch = self.switches.setdefault(id(under.model), lora.switch_for(under.model))
         key = ("adapter", directory, id(under.model))
         if key not in self._models:
             self._models[key] = switch.attach(name, directory)
@@ -149,9 +149,8 @@ class Shelf:
                 "load it with AutoModelForCausalLM.from_pretrained.",
             )
         _check_kind(name, model)
-        switch = self.switches.setdefault(id(model), lora.AdapterSwitch(model))
-        if switch.is_empty:
-            del self.switches[id(model)]
+        if lora.has_adapters(model):
+            self.switches[id(model)] = lora.switch_for(model)
         doubt = ""
         # An adapter that was made in memory, on a base without a name, records none either.
         if adapter is not None and base is not None and base.model is model and (recorded or model.config.name_or_path):

@@ -17,7 +17,7 @@ from trimtab.logits import adapter_rows, stacking
 from trimtab.logits.adapter_rows import AdapterRows
 from trimtab.logits.lanes import Feed, Lane, OneModel
 from trimtab.logits.linears import hooks_of
-from trimtab.logits.lora import AdapterSwitch
+from trimtab.logits.lora import switch_on
 from trimtab.logits.members import Member
 from trimtab.logits.stacking import Stack
 
@@ -43,10 +43,8 @@ class LanePlan:
     one_pass    True: join whatever can be joined; "auto": what it pays to join; False: every run by itself
     """
 
-    def __init__(
-        self, runs: Sequence[Member], switch: Callable[[Member], AdapterSwitch | None], one_pass: OnePass
-    ) -> None:
-        self._runs, self._switch, self._one_pass = runs, switch, check(one_pass)
+    def __init__(self, runs: Sequence[Member], one_pass: OnePass) -> None:
+        self._runs, self._one_pass = runs, check(one_pass)
         self._reasons: dict[int, str] = {}
 
     def lanes(self) -> list[Lane]:
@@ -73,7 +71,7 @@ class LanePlan:
         reason = self._reasons.get(place, "")
         if not reason and place > 0 and len(self._runs) > 2:
             reason = "one_pass is off" if self._one_pass is False else "no other small run has its architecture"
-        return Lane([place], [run], OneModel(run, self._switch(run)), reason=reason)
+        return Lane([place], [run], OneModel(run), reason=reason)
 
     def _joined(
         self, places: Iterable[int], key: Callable[[Member], Hashable], make: Callable[[list[int]], Lane | str]
@@ -97,9 +95,9 @@ class LanePlan:
 
     def _adapter_lane(self, places: list[int]) -> Lane | str:
         members = [self._runs[place] for place in places]
-        switch, adapters = self._switch(members[0]), [member.adapter for member in members]
-        reason = adapter_rows.why_not(switch, adapters)
-        return reason or Lane(places, members, AdapterRows(members[0].model, switch, adapters), "adapters")
+        model, adapters = members[0].model, [member.adapter for member in members]
+        reason = adapter_rows.why_not(switch_on(model), adapters)
+        return reason or Lane(places, members, AdapterRows(model, adapters), "adapters")
 
     def _stacked_lane(self, places: list[int]) -> Lane | str:
         members = [self._runs[place] for place in places]

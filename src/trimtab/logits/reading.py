@@ -1,11 +1,12 @@
 """Runs the members on the same tokens: one forward per lane, each on its own device, prompts and cache."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trimtab.core.errors import BadSetting, NumericalError
@@ -67,7 +68,7 @@ class Reader:
             runs.setdefault(key, member)
         self.runs = list(runs.values())
         self.run_of = [list(runs).index(key) for key in keys]
-        self.lanes = LanePlan(self.runs, members.switch, one_pass).lanes()
+        self.lanes = LanePlan(self.runs, one_pass).lanes()
 
     @property
     def chunk_rows(self) -> int:
@@ -133,18 +134,24 @@ class Reader:
         """One member's logits on some tokens, without padding, cache or own prompt."""
         feed = Feed(input_ids, None, _positions(None, None, input_ids, 0), input_ids.shape[1])
         with torch.no_grad():
-            logits = Lane([0], [member], OneModel(member, self._members.switch(member))).read([feed])[0]
+            logits = Lane([0], [member], OneModel(member)).read([feed])[0]
         return logits[..., : self._vocab_size].float().cpu()
 
     def laws(
-        self, logits: Sequence[Tensor], end: int, is_real: Tensor | None = None
+        self,
+        logits: Sequence[Tensor],
+        end: int,
+        is_real: Tensor | None = None,
+        broken: dict[int, int] | None = None,
     ) -> Iterator[tuple[Int[Tensor, " row"], Laws]]:
         """The members' laws from their runs' logits [batch, kept, ...], a chunk of positions at a time.
 
         end       position after the last one kept, for the message
         is_real   [batch, kept]; positions to leave out are 0; None: take all
+        broken    None: a law that is none ends it all. Else {place: run} is filled with those whose run gave none, for
+                  texts that may never come there; all laws at such a place are then uniform
         yields    (places among the batch * kept positions, their laws)
-        raises    BrokenLaw, naming the member
+        raises    BrokenLaw, naming the member, unless `broken` is given
         """
         batch, kept = logits[0].shape[:2]
         flat = [scores.reshape(batch * kept, scores.shape[-1]) for scores in logits]
@@ -153,19 +160,30 @@ class Reader:
         for rows in torch.split(wanted, self.chunk_rows):
             # All of them at once is the usual step of a generation: nothing to pick, nothing to copy.
             picked = flat if len(rows) == len(every) else [scores[rows.to(scores.device)] for scores in flat]
-            yield rows, self._laws(picked, rows, kept, end - kept)
+            yield rows, self._laws(picked, rows, kept, end - kept, broken)
 
-    def _laws(self, logits: Sequence[Tensor], rows: Tensor, kept: int, start: int) -> Laws:
+    def _laws(
+        self, logits: Sequence[Tensor], rows: Tensor, kept: int, start: int, marks: dict[int, int] | None
+    ) -> Laws:
         device = logits[0].device
         laws = [scores[:, : self._vocab_size].to(device, torch.float32).log_softmax(dim=-1) for scores in logits]
         # One NaN makes its whole row NaN in the log-softmax, and so does a row of nothing but -inf: one column tells.
         broken = torch.stack([law[:, 0] for law in laws]).isnan()
         if bool(broken.any()):
-            run, row = broken.nonzero()[0].tolist()
-            place = int(rows[row])
-            raise BrokenLaw(self.runs[run].name, row=place // kept, position=start + place % kept)
+            found = [(run, int(rows[row])) for run, row in broken.nonzero().tolist()]
+            if marks is None:
+                run, place = found[0]
+                raise BrokenLaw(self.runs[run].name, row=place // kept, position=start + place % kept)
+            for run, place in found:
+                marks.setdefault(place, run)
+            laws = [uniform_where(broken.any(dim=0), law) for law in laws]
         strong, base, *experts = (laws[run] for run in self.run_of)
         return Laws(strong, base, torch.stack(experts) if experts else strong.new_empty((0, *strong.shape)))
+
+
+def uniform_where(is_broken: Bool[Tensor, " row"], log_probs: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+    """The uniform law in place of those rows that are none."""
+    return torch.where(is_broken.unsqueeze(-1), -math.log(log_probs.shape[-1]), log_probs)
 
 
 def _positions(mask: Tensor | None, given: Tensor | None, input_ids: Tensor, past: int) -> Tensor:

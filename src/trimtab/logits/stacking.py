@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.logits.linears import Forward, hooks_of, is_free, linear, refuse_hooks, standing_in
-from trimtab.logits.views import are_views, stack_
+from trimtab.logits.linears import StandIn, changed, hooks_of, is_free, linear, refuse_hooks, standing_in
+from trimtab.logits.turns import turn_of
+from trimtab.logits.views import BUILDING, Watch, stack_
 
 # Found by measurement, see docs/fused-models.md: which product of a stack of matrices is the quickest on a CPU.
 SMALL_MATRIX = 2**18  # numbers; a batched product of smaller ones saves the start of each
@@ -28,37 +29,47 @@ class Stack:
     """The body of a lane whose runs are different models of equal architecture."""
 
     def __init__(self, models: Sequence[Any]) -> None:
-        self._models, self._hooks = list(models), hooks_of(models)
+        self._models = list(models)
         self._build()
 
     def _build(self) -> None:
+        with BUILDING:
+            self._build_alone()
+
+    def _build_alone(self) -> None:
+        self._hooks = hooks_of(self._models)
         frame, parameters = self._models[0], [dict(model.named_parameters()) for model in self._models]
         # A matrix that is tied to another is one parameter and is stacked once.
         self._stacks = {name: stack_([own[name] for own in parameters]) for name in parameters[0]}
         stack_of = {id(parameter): self._stacks[name] for name, parameter in parameters[0].items()}
-        self._forwards: dict[nn.Module, Forward] = {}
+        self._forwards: dict[nn.Module, StandIn] = {}
         for module in _holders(frame):
             own = {name: stack_of[id(part)] for name, part in module.named_parameters(recurse=False)}
             self._forwards[module] = _maker(module)(module, own)  # type: ignore[misc]
+        self._watch = Watch(self._models)
 
     def __call__(self, **inputs: Any) -> Float[Tensor, "rows kept vocab"]:
-        refuse_hooks(self._hooks)
-        if not self._is_current:
-            self._build()  # a model went to another device or number type
-        with standing_in(self._forwards):
-            return self._models[0](**inputs).logits  # type: ignore[no-any-return]
+        frame = self._models[0]
+        with turn_of(frame):
+            if not self._watch.is_current:
+                self._rebuild()
+            refuse_hooks(self._hooks)
+            with standing_in(self._forwards):
+                return frame(**inputs).logits  # type: ignore[no-any-return]
 
-    @property
-    def _is_current(self) -> bool:
-        # Models move as a whole, so one parameter of each tells.
-        name, stack = next(iter(self._stacks.items()))
-        return are_views(stack, [model.get_parameter(name) for model in self._models])
+    def _rebuild(self) -> None:
+        """After weights were set anew or loaded again, or all models went to another device or number type."""
+        kinds = {repr(kind_of(model)) for model in self._models}
+        reason = "they are no longer of one architecture, number type and device" if len(kinds) > 1 else ""
+        if reason := reason or why_not(self._models[0]):
+            raise changed(reason)
+        self._build()
 
 
 # ---- stand-ins, each made from (module, {parameter: stack [copy, ...]})
 
 
-class StackedLinear:
+class StackedLinear(StandIn):
     """x [copy * batch, ..., in] times each copy's own weight."""
 
     def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor]) -> None:
@@ -89,7 +100,7 @@ def _products(
     return torch.baddbmm(bias, x, weights.transpose(1, 2))
 
 
-class StackedEmbedding:
+class StackedEmbedding(StandIn):
     """Each copy's rows from its own table: the tables are one, and ids are shifted to their part of it."""
 
     def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor]) -> None:
@@ -98,14 +109,15 @@ class StackedEmbedding:
         self._twin = _twin(module, tables.flatten(0, 1))
 
     def __call__(self, ids: Tensor) -> Tensor:
-        if bool((ids >= self._size).any()):
-            raise IndexError(f"token id {int(ids.max())} is beyond the {self._size} rows of an embedding.")
+        is_outside = (ids < 0) | (ids >= self._size)  # shifted, it would be a row of another copy
+        if bool(is_outside.any()):
+            raise IndexError(f"token id {int(ids[is_outside][0])} is not among the {self._size} rows of an embedding.")
         starts = torch.arange(0, self._copies * self._size, self._size, device=ids.device)
         shifted = ids.reshape(self._copies, -1) + starts.unsqueeze(1)
         return self._twin.forward(shifted.view(ids.shape))  # type: ignore[no-any-return]
 
 
-class StackedLayerNorm:
+class StackedLayerNorm(StandIn):
     """The norm without weights, then each copy's own scale and shift."""
 
     def __init__(self, module: nn.LayerNorm, stacks: Mapping[str, Tensor]) -> None:
@@ -119,7 +131,7 @@ class StackedLayerNorm:
         return normed
 
 
-class StackedNorm:
+class StackedNorm(StandIn):
     """A module that scales by its weight, whatever else it does: its own code, on a weight per row."""
 
     def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor]) -> None:
@@ -135,6 +147,7 @@ def _twin(module: nn.Module, weight: Tensor) -> Any:
     """A module of the same kind and settings with another weight."""
     twin = copy.copy(module)
     vars(twin)["_parameters"] = {"weight": weight}
+    vars(twin).pop("forward", None)  # a stand-in of another thread, which is reading just now
     return twin
 
 
@@ -145,7 +158,7 @@ def _spread(stack: Float[Tensor, "copy width"], x: Tensor) -> Tensor:
     return rows.view(x.shape[0], *[1] * (x.ndim - 2), width)
 
 
-Maker = Callable[[Any, Mapping[str, Tensor]], Forward]
+Maker = Callable[[Any, Mapping[str, Tensor]], StandIn]
 
 
 def _maker(module: nn.Module) -> Maker | None:

@@ -1,10 +1,17 @@
-"""Parameters of several models or adapters in one tensor: memory holds them once, and one product reads them all."""
+"""Parameters of several models or adapters in one tensor: memory holds them once, and one product reads them all.
 
-from collections.abc import Sequence
+A weight that is changed in place changes in the tensor, too. One that is replaced does not, so that `Watch` looks.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+# Two fused models may share members: while one makes views of their weights, another must not.
+BUILDING = threading.RLock()
 
 
 def stack_(weights: Sequence[nn.Parameter]) -> Float[Tensor, "copy ..."]:
@@ -21,9 +28,40 @@ def stack_(weights: Sequence[nn.Parameter]) -> Float[Tensor, "copy ..."]:
     return stack
 
 
-def are_views(stack: Float[Tensor, "copy ..."], weights: Sequence[Tensor]) -> bool:
-    """Whether these are the stack's parts still: moving a model gives its parameters memory of their own."""
-    return all(part.data_ptr() == weight.data_ptr() for part, weight in zip(stack, weights, strict=True))
+class Tree:
+    """Notices when a module of some models was added, replaced or taken away."""
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        # The tables themselves: to look into them takes a fraction of a walk through the modules.
+        modules = [module for model in models for module in model.modules()]
+        self._tables = [module._modules for module in modules if module._modules]
+        self._found = self._children()
+
+    def _children(self) -> list[nn.Module | None]:
+        return [child for table in self._tables for child in table.values()]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether every module is the one that it was."""
+        return self._children() == self._found  # modules are equal where they are the same
+
+
+class Watch:
+    """Notices when a weight of some models, or a module, was replaced: set anew, moved, loaded again."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        modules = [module for model in models for module in model.modules()]
+        self._tree = Tree(models)
+        self._tables = [module._parameters for module in modules if module._parameters]
+        self._found = self._places()
+
+    def _places(self) -> list[int]:
+        return [weight.data_ptr() for table in self._tables for weight in table.values() if weight is not None]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether every weight lies where it lay; what was changed in place counts as unchanged."""
+        return self._tree.is_current and self._places() == self._found
 
 
 def _as_they_lie(weights: Sequence[nn.Parameter]) -> Tensor | None:

@@ -12,13 +12,13 @@ the drafter to read its last token before the bonus can be drawn.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.logits.reading import BrokenLaw
+from trimtab.logits.reading import BrokenLaw, uniform_where
 from trimtab.logits.speculation import draft as drafting
 from trimtab.logits.speculation.draft import Drafter
 from trimtab.logits.speculation.length import PRIOR, Costs, DraftLength
@@ -65,11 +65,13 @@ class Target:
 
     log_probs, scores   [row, kept, vocab]
     weights             [expert, row, kept]
+    broken              {(row, position): run} where a run's logits make no law; nearly always none
     """
 
     log_probs: Float[Tensor, "row kept vocab"]
     scores: Float[Tensor, "row kept vocab"]
     weights: Float[Tensor, "expert row kept"]
+    broken: dict[tuple[int, int], int]
 
     def at(self, places: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """The scores at one position per row."""
@@ -94,6 +96,7 @@ class SpeculativeDecoder:
         scorer: Scorer,
         length: DraftLength,
         meter: Meter,
+        report: SpeculationReport,
         rule: str,
         do_sample: bool,
         vocab_size: int,
@@ -104,7 +107,8 @@ class SpeculativeDecoder:
         self._rule, self._do_sample, self._vocab = rule, do_sample, vocab_size
         self._lately = torch.zeros(len(self._names))
         self._in_forwards = 0.0
-        self.report = SpeculationReport()
+        self._is_careful = False  # the next round reads one token alone
+        self.report = report
 
     def begin(self, log_probs: Float[Tensor, "row vocab"]) -> None:
         """Draws the first token of every row from the fused law behind the prompt."""
@@ -112,8 +116,8 @@ class SpeculativeDecoder:
         scores = self._scorer(law, self._rows.current, self._rows.active)
         tokens = draw(scores[:, 0], self._do_sample).tolist()
         pairs = [[(scores[row, 0], law[row, 0])] for row in range(len(tokens))]
-        self._commit([[token] for token in tokens], pairs, read={})
         self.report.begun = len(tokens)
+        self._commit([[token] for token in tokens], pairs, read={})
 
     def run(self) -> None:
         """Rounds until every row has ended."""
@@ -130,7 +134,7 @@ class SpeculativeDecoder:
     def _round(self) -> None:
         drafter = drafting.drafter_for(self._rule, self._names, self._strategy, self._lately)
         serial = self._lanes_of(drafter)
-        length = self._draft_length(serial)
+        length = 0 if self._is_careful else self._draft_length(serial)
         if length == 0:
             serial = []
         texts = self._rows.current
@@ -140,16 +144,22 @@ class SpeculativeDecoder:
         draft = self._draft(drafter, serial, length, texts, last, read, logits)
         self._read([lane for lane in read if lane not in serial], torch.cat([last, draft.ids], -1), read, logits)
         # Where everybody has read the whole draft, the position behind it is fused with the others.
-        target = self._target(logits, draft.width + (not serial), texts, draft.ids)
+        target = self._target(logits, draft.width + (not serial), texts, draft)
         stood = self._judge(draft, target)
         is_whole = stood == draft.lengths
         if serial and bool((stood == draft.width).any()):
             self._read(serial, draft.ids[:, -1:], read, logits)
-            target = self._with_bonus(target, logits, texts, draft)
+            target = self._with_bonus(target, logits, texts, replace(draft, lengths=stood))
         tokens = self._next_tokens(draft, target, stood, is_whole)
         self._learn(drafter, draft, target, stood)
-        new = [[*draft.ids[row, :n].tolist(), tokens[row]] for row, n in enumerate(stood.tolist())]
-        self._commit(new, self._pairs(target, new), read)
+        counts = stood.tolist()
+        stuck = {row: target.broken[row, n] for row, n in enumerate(counts) if (row, n) in target.broken}
+        # A NaN reaches positions before it in a forward, too: attention weighs it with 0 there, which is NaN again. So
+        # the text goes on without a draft, behind what stood before such a position; or ends, if it is its own NaN.
+        self._is_careful = bool(stuck) and draft.width > 0
+        behind = [[] if row in stuck else [tokens[row]] for row in range(len(counts))]
+        new = [[*draft.ids[row, :n].tolist(), *behind[row]] for row, n in enumerate(counts)]
+        self._commit(new, self._pairs(target, new), read, {} if self._is_careful else stuck)
 
     def _lanes_of(self, drafter: Drafter) -> list[int]:
         """The lanes that read while the draft grows."""
@@ -192,16 +202,20 @@ class SpeculativeDecoder:
             return Draft(nothing, last.new_zeros(rows), None)
         if not drafter.members:
             ids, lengths = drafting.lookups(texts, length)
-            return Draft(ids.to(last), lengths.to(last.device), None)
+            ends = torch.tensor(self._until_ends(ids))
+            return Draft(ids.to(last), torch.minimum(lengths, ends).to(last.device), None)
         ids = last.new_zeros((rows, 0))
         scores: list[Tensor] = []
+        reach = last.new_full((rows,), length)  # behind more drafted tokens than these no text can come
         runs = [self._run_of[name] for name in drafter.members]
-        for _ in range(length):
+        for drafted in range(length):
             self._read(serial, ids[:, -1:] if scores else last, read, logits)
-            law = drafter.law([self._law(run, logits[run][:, -1], ids.shape[1]) for run in runs])
-            behind = self._scorer(law.unsqueeze(1), texts, self._rows.active, ids, start=ids.shape[1])
-            scores.append(behind[:, 0])
-            ids = torch.cat([ids, draw(scores[-1], self._do_sample).unsqueeze(-1)], dim=-1)
+            law = drafter.law([self._law(logits[run][:, -1]) for run in runs])
+            behind = self._scorer(law.unsqueeze(1), texts, self._rows.active, ids, drafted, reach)[:, 0]
+            scores.append(self._scorer.drawable(behind))
+            tokens = draw(scores[-1], self._do_sample)
+            reach = self._scorer.reach(reach, behind, tokens, drafted)
+            ids = torch.cat([ids, tokens.unsqueeze(-1)], dim=-1)
         return Draft(ids, last.new_tensor(self._until_ends(ids)), torch.stack(scores, dim=1))
 
     def _until_ends(self, ids: Tensor) -> list[int]:
@@ -226,54 +240,57 @@ class SpeculativeDecoder:
                 name = self._reader.runs[run].name
                 self.report.seconds[name] = self.report.seconds.get(name, 0.0) + seconds / len(runs)
 
-    def _law(self, run: int, scores: Float[Tensor, "row all"], drafted: int) -> Float[Tensor, "row vocab"]:
-        """A drafting run's law behind so many drafted tokens, where the strong model's stands."""
+    def _law(self, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row vocab"]:
+        """A drafting run's law from its logits at a position, where the strong model's stands.
+
+        Logits that make no law are for the fused law to tell of, if the text comes there; any draft will do here.
+        """
         law = scores[:, : self._vocab].to(self._rows.device, torch.float32).log_softmax(dim=-1)
-        if bool(law[:, 0].isnan().any()):
-            row = int(law[:, 0].isnan().nonzero()[0])
-            place = self._rows.active[row]
-            raise BrokenLaw(self._reader.runs[run].name, place, len(self._rows.texts[place]) - 1 + drafted)
-        return law
+        return uniform_where(law[:, 0].isnan(), law)
 
     # ---- the fused law
 
-    def _target(self, logits: dict[int, Tensor], kept: int, texts: Sequence[Sequence[int]], ids: Tensor) -> Target:
+    def _target(self, logits: dict[int, Tensor], kept: int, texts: Sequence[Sequence[int]], draft: Draft) -> Target:
         """The fused law behind the last token and behind each drafted one: `kept` positions."""
-        log_probs, weights = self._fuse([logits[run][:, :kept] for run in range(len(self._reader.runs))])
-        return Target(log_probs, self._scorer(log_probs, texts, self._rows.active, ids), weights)
+        log_probs, weights, broken = self._fuse([logits[run][:, :kept] for run in range(len(self._reader.runs))])
+        scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, reach=draft.lengths)
+        return Target(log_probs, scores, weights, {(row, at): run for row, at, run in broken})
 
     def _with_bonus(
         self, target: Target, logits: dict[int, Tensor], texts: Sequence[Sequence[int]], draft: Draft
     ) -> Target:
-        """The target with the position behind the draft, which the drafter has read by now."""
-        log_probs, weights = self._fuse([logits[run][:, -1:] for run in range(len(self._reader.runs))])
-        scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, start=draft.width)
+        """The target with the position behind the draft, which the drafter has read. `lengths` are what stood."""
+        log_probs, weights, broken = self._fuse([logits[run][:, -1:] for run in range(len(self._reader.runs))])
+        scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, draft.width, draft.lengths)
         return Target(
             torch.cat([target.log_probs, log_probs], dim=1),
             torch.cat([target.scores, scores], dim=1),
             torch.cat([target.weights, weights], dim=2),
+            target.broken | {(row, draft.width): run for row, _, run in broken},
         )
 
-    def _fuse(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Fused log-probabilities [row, kept, vocab] and weights [expert, row, kept] from all runs' logits."""
+    def _fuse(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
+        """Fused log-probabilities [row, kept, vocab] and weights [expert, row, kept] from all runs' logits.
+
+        The third are (row, position, run) where a run's logits make no law; the fused law is then uniform.
+        """
         rows, kept = logits[0].shape[:2]
-        laws_out, weights_out = [], []
-        try:
-            for _, laws in self._reader.laws(logits, end=kept):
-                fusion = self._strategy(laws.strong, laws.base, laws.experts)
-                laws_out.append(fusion.log_probs)
-                weights_out.append(fusion.is_chosen.float() if fusion.alpha is None else fusion.alpha.abs().float())
-        except BrokenLaw as error:
-            place = self._rows.active[error.row]
-            raise BrokenLaw(error.member, place, len(self._rows.texts[place]) - 1 + error.position) from error
+        laws_out, weights_out, broken = [], [], dict[int, int]()
+        for _, laws in self._reader.laws(logits, kept, broken=broken):
+            fusion = self._strategy(laws.strong, laws.base, laws.experts)
+            laws_out.append(fusion.log_probs)
+            weights_out.append(fusion.is_chosen.float() if fusion.alpha is None else fusion.alpha.abs().float())
         log_probs, weights = torch.cat(laws_out), torch.cat(weights_out, dim=1)
-        return log_probs.view(rows, kept, -1), weights.view(-1, rows, kept)
+        places = [(*divmod(place, kept), run) for place, run in broken.items()]
+        return log_probs.view(rows, kept, -1), weights.view(-1, rows, kept), places
 
     def _judge(self, draft: Draft, target: Target) -> Int[Tensor, " row"]:
         """How many drafted tokens of each row stand."""
         if draft.width == 0:
             return draft.lengths
         stands = standing(draft.ids, target.scores[:, : draft.width], draft.scores, self._do_sample)
+        for row, at in target.broken:
+            stands[row, at : at + 1] = False  # nothing is known to stand there
         return accepted(stands, draft.lengths)
 
     def _next_tokens(self, draft: Draft, target: Target, stood: Tensor, is_whole: Tensor) -> list[int]:
@@ -319,13 +336,25 @@ class SpeculativeDecoder:
         ]
 
     def _commit(
-        self, new: Sequence[Sequence[int]], pairs: list[list[tuple[Tensor, Tensor]]], read: dict[int, int]
+        self,
+        new: Sequence[Sequence[int]],
+        pairs: list[list[tuple[Tensor, Tensor]]],
+        read: dict[int, int],
+        stuck: Mapping[int, int] | None = None,
     ) -> None:
-        """Emits tokens; everybody forgets what was read beyond them, and rows that ended are left behind."""
+        """Emits tokens; everybody forgets what was read beyond them, and rows that ended are left behind.
+
+        stuck     {row: run} where no law says what follows the new tokens
+        raises    BrokenLaw for a row that is stuck and has not ended
+        """
         places, before = list(self._rows.active), [len(text) for text in self._rows.current]
         going = self._rows.emit(new, pairs)
         emitted = [len(self._rows.texts[place]) - length for place, length in zip(places, before, strict=True)]
         self.report.emitted += sum(emitted)
+        for row, run in (stuck or {}).items():
+            if row in going:
+                last = len(self._rows.texts[places[row]]) - 1
+                raise BrokenLaw(self._reader.runs[run].name, places[row], last)
         kept = going or ([0] if len(places) == 1 else [])  # a row alone leaves its cache as `generate` would
         if not kept:
             return

@@ -1,5 +1,6 @@
 """Between `generate` and the rounds: whether this generation is speculated, the prompt, and the output's form."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from trimtab.logits.speculation.length import Costs, DraftLength
 from trimtab.logits.speculation.plan import AUTO, Plan
 from trimtab.logits.speculation.processors import Scorer
 from trimtab.logits.speculation.ragged import RaggedReading
+from trimtab.logits.speculation.report import SpeculationReport
 from trimtab.logits.speculation.rows import Rows
 
 OTHER_MODE = "only greedy and sampled generation can be speculated, no beams and no assistant model"
@@ -92,14 +94,21 @@ def _own_positions(task: Task) -> str | None:
     return None if bool(is_counted.all()) else "position_ids are given that do not count the tokens"
 
 
-def speculative_sample(model: Any, plan: Plan, task: Task) -> Any:
-    """Sequences [row, time], or transformers' output object, as its own sampling loop returns them."""
+def speculative_sample(model: Any, plan: Plan, task: Task, report: SpeculationReport) -> Any:
+    """Sequences [row, time], or transformers' output object, as its own sampling loop returns them.
+
+    report    where the decoder counts
+    """
     config, cache = task.config, task.cache
     keeps_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
     rows = Rows(task.input_ids, task.stopping, task.streamer, keeps_scores)
-    decoder = _decoder(model, plan, task, rows)
-    decoder.run()
-    model.last_speculation = decoder.report
+    reader = model.reader
+    meter = _meter_of(model, len(reader.lanes))
+    try:
+        _decoder(model, plan, task, rows, meter, report).run()
+    finally:
+        if model.reader is reader:  # `one_pass` may have been set by now: other lanes, other costs
+            model._meter = meter
     pad_id = _pad_id(config)
     sequences = rows.finish(pad_id)
     if not config.return_dict_in_generate:
@@ -114,7 +123,16 @@ def speculative_sample(model: Any, plan: Plan, task: Task) -> Any:
     )
 
 
-def _decoder(model: Any, plan: Plan, task: Task, rows: Rows) -> SpeculativeDecoder:
+def _meter_of(model: Any, lanes: int) -> Meter:
+    """A meter for one generation: what earlier ones have learned, in a copy, since other threads may decode, too."""
+    known = model._meter
+    is_fitting = known is not None and len(known.lanes) == lanes
+    return copy.deepcopy(known) if is_fitting else Meter([Costs() for _ in range(lanes)])
+
+
+def _decoder(
+    model: Any, plan: Plan, task: Task, rows: Rows, meter: Meter, report: SpeculationReport
+) -> SpeculativeDecoder:
     """A decoder whose members have read the prompt, with the first token drawn."""
     reader, cache = model.reader, task.cache
     mask = task.model_kwargs.get("attention_mask")
@@ -127,8 +145,6 @@ def _decoder(model: Any, plan: Plan, task: Task, rows: Rows) -> SpeculativeDecod
     output = model(new, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
     # Only now: the prompt is never taken back, so that sliding layers need not keep all of it.
     cache.activate_past_recording()
-    if model._meter is None or len(model._meter.lanes) != len(reader.lanes):
-        model._meter = Meter([Costs() for _ in reader.lanes])
     decoder = SpeculativeDecoder(
         RaggedReading(reader, cache, masks),
         model.strategy,
@@ -136,8 +152,9 @@ def _decoder(model: Any, plan: Plan, task: Task, rows: Rows) -> SpeculativeDecod
         dict(zip(model.member_names, reader.run_of, strict=True)),
         rows,
         Scorer(task.processors, task.input_ids.shape[0], rows.ends),
-        DraftLength(plan.fixed_length, model._meter.acceptance),
-        model._meter,
+        DraftLength(plan.fixed_length, meter.acceptance),
+        meter,
+        report,
         plan.draft,
         bool(task.config.do_sample),
         model.config.vocab_size,

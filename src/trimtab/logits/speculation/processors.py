@@ -71,7 +71,11 @@ class Scorer:
         self._processors, self._ends = processors, frozenset(ends)
         self._batch = batch
         self._is_free = all(isinstance(processor, POSITION_FREE) for processor in processors)
-        self._is_row_wise = all(isinstance(processor, (*POSITION_FREE, *ROW_WISE)) for processor in processors)
+        of_row = (*POSITION_FREE, *ROW_WISE)
+        self._is_row_wise = all(isinstance(p, of_row) or _is_prefix(p) for p in processors)
+        # The ones that are known to look at a row have an answer to any text.
+        self._is_choosy = not all(isinstance(p, of_row) for p in processors)
+        self._of_place: dict[int, Any] = {}
 
     def __call__(
         self,
@@ -80,12 +84,17 @@ class Scorer:
         places: Sequence[int],
         draft: Int[Tensor, "row draft"] | None = None,
         start: int = 0,
+        reach: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "row kept vocab"]:
         """Processed scores of the positions behind each text and each drafted token.
+
+        A position that no text can come to keeps its law: processors may know nothing to say there, or raise. It is one
+        behind an end, behind a drafted token that the scores before it rule out, or beyond `reach`.
 
         log_probs   [row, kept, vocab]   kept positions, the first behind the texts and `start` drafted tokens
         texts       per row the tokens so far, as `generate` would hand them over: left padding included
         draft       [row, start + kept - 1 or more] drafted tokens; None: one position, behind the texts
+        reach       [row] behind how many drafted tokens a text can come; None: behind all of them
         """
         if len(self._processors) == 0:
             return log_probs
@@ -95,20 +104,81 @@ class Scorer:
             ids = torch.zeros((rows * kept, 1), dtype=torch.long, device=flat.device)
             return self._processors(ids, flat).view(rows, kept, vocab)  # type: ignore[no-any-return]
         drafted: list[list[int]] = [[]] * rows if draft is None else draft.tolist()
-        scores = [
-            [self._at(log_probs[row, at], texts[row], drafted[row][: start + at], places[row]) for at in range(kept)]
-            for row in range(rows)
-        ]
-        return torch.stack([torch.stack(row) for row in scores])
+        most = [start + kept] * rows if reach is None else reach.tolist()
+        return torch.stack(
+            [self._row(log_probs[row], texts[row], drafted[row], places[row], start, most[row]) for row in range(rows)]
+        )
+
+    def _row(
+        self,
+        laws: Float[Tensor, "kept vocab"],
+        text: Sequence[int],
+        drafted: Sequence[int],
+        place: int,
+        start: int,
+        reach: int,
+    ) -> Float[Tensor, "kept vocab"]:
+        scores: list[Tensor] = []
+        for count, law in enumerate(laws, start):
+            if scores and self._is_choosy and is_ruled_out(scores[-1], drafted[count - 1]):
+                reach = min(reach, count - 1)
+            is_reached = count <= reach and not self._ends.intersection(drafted[:count])
+            scores.append(self._at(law, text, drafted[:count], place) if is_reached else law)
+        return torch.stack(scores)
+
+    def reach(
+        self,
+        reach: Int[Tensor, " row"],
+        scores: Float[Tensor, "row vocab"],
+        tokens: Int[Tensor, " row"],
+        drafted: int,
+    ) -> Int[Tensor, " row"]:
+        """How far texts can come, for `reach` above, when these tokens follow so many drafted ones."""
+        if not self._is_choosy:
+            return reach
+        is_out = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) == -torch.inf
+        return torch.where(is_out, reach.clamp_max(drafted), reach)
+
+    def drawable(self, scores: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+        """Scores to draft from: where processors leave no token at all, any may be drafted."""
+        if self._is_free:
+            return scores
+        return torch.where(scores.amax(dim=-1, keepdim=True) == -torch.inf, 0.0, scores)
 
     def _at(
         self, law: Float[Tensor, " vocab"], text: Sequence[int], drafted: Sequence[int], place: int
     ) -> Float[Tensor, " vocab"]:
         """One position of one row. A processor that is not known to go by the row alone sees a whole batch of copies,
         so that it finds the row where it expects it."""
-        if self._ends.intersection(drafted):
-            return law  # never reached: a grammar would not know what to say there
         copies = 1 if self._is_row_wise else self._batch
         ids = torch.tensor([[*text, *drafted]], device=law.device).expand(copies, -1)
-        scores = self._processors(ids, law.expand(copies, -1).clone())
+        scores = self._for(place)(ids, law.expand(copies, -1).clone())
         return scores[0 if copies == 1 else place]  # type: ignore[no-any-return]
+
+    def _for(self, place: int) -> Any:
+        """The processors as they are asked about one row: what is allowed is asked about that row alone.
+
+        A function that says what may follow a prefix would else be asked about this text in the other rows, too, where
+        it can be one that it forbids.
+        """
+        if not any(_is_prefix(processor) for processor in self._processors):
+            return self._processors
+        if place not in self._of_place:
+            self._of_place[place] = type(self._processors)([_about_row(p, place) for p in self._processors])
+        return self._of_place[place]
+
+
+def _is_prefix(processor: Any) -> bool:
+    return type(processor) is known.PrefixConstrainedLogitsProcessor
+
+
+def _about_row(processor: Any, place: int) -> Any:
+    if not _is_prefix(processor):
+        return processor
+    allowed = processor._prefix_allowed_tokens_fn
+    return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(place, ids), num_beams=1)
+
+
+def is_ruled_out(scores: Float[Tensor, " vocab"], token: int) -> bool:
+    """Whether a token cannot come, while others can."""
+    return bool(scores[token] == -torch.inf) and bool(scores.amax() > -torch.inf)

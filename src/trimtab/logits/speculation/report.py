@@ -1,8 +1,13 @@
 """What speculation did in one generation: how much was drafted, how much of it stood, and what it cost."""
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
+
+# Each thread's last report per model. They are not kept on the model, which can be copied, as a thread's own cannot.
+_OF_THREAD = threading.local()
 
 
 @dataclass
@@ -60,3 +65,16 @@ class SpeculationReport:
         tables = {"lengths": {str(n): rounds for n, rounds in sorted(self.lengths.items())}}
         tables |= {"drafters": dict(self.drafters), "calls": dict(self.calls)}
         return {"on": True} | plain | shares | tables
+
+
+def note_report(model: Any, report: SpeculationReport) -> None:
+    """From now on this is the report of what this thread does last with a model."""
+    if not hasattr(_OF_THREAD, "reports"):
+        _OF_THREAD.reports = WeakKeyDictionary()
+    _OF_THREAD.reports[model] = report
+
+
+def last_report(model: Any) -> SpeculationReport | None:
+    """The report of what this thread did last with a model; None where it has done nothing."""
+    reports: WeakKeyDictionary[Any, SpeculationReport] | None = getattr(_OF_THREAD, "reports", None)
+    return None if reports is None else reports.get(model)
