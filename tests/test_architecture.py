@@ -23,7 +23,8 @@ ALLOWED = {
     "zoo": {"core"},
     "logits": {"core", "registry", "measure", "zoo"},
     "serving": {"core", "logits"},
-    "cli": {"core", "registry", "measure", "zoo", "logits"},
+    "batch": {"core", "logits", "serving"},
+    "cli": {"core", "registry", "measure", "zoo", "logits", "batch"},
     "__main__": {"cli"},
 }
 LEAVES = ("core", "__main__")  # not in the page's table: the one imports nothing, the other only starts the commands
@@ -39,7 +40,7 @@ PUBLIC_NAMES = {
     "__version__",
     "make_strategy",
 }
-HEAVY = ("torch", "transformers", "numpy", "matplotlib", "rich", "peft", "lm_eval", "jaxtyping")
+HEAVY = ("torch", "transformers", "numpy", "matplotlib", "rich", "peft", "lm_eval", "jaxtyping", "ray", "vllm")
 QUICK_SECONDS = 0.3
 
 

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Line] = {
     "fuse": Line("trimtab.cli.fuse", "Write a fused model: strong + base + experts + strategy, as one directory."),
     "generate": Line("trimtab.cli.generate", "Continue prompts with a fused model."),
     "chat": Line("trimtab.cli.chat", "Talk with a fused model; answers stream."),
+    "batch": Line("trimtab.cli.batch", "Answer a file of OpenAI requests with a fused model, through crashes."),
     "eval": Line("trimtab.cli.eval", "Score a fused model through lm-evaluation-harness."),
     "explain": Line(
         "trimtab.cli.explain", "Write a page that shows, token by token, which expert spoke and how loudly."

@@ -19,7 +19,12 @@ ROW_WISE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCrit
 
 def batch_wise_among(stopping: Sequence[Any]) -> str | None:
     """The name of the first criterion that may only be asked about a whole batch; None: each can do with a row."""
-    return next((type(criteria).__name__ for criteria in stopping if not isinstance(criteria, ROW_WISE)), None)
+    return next((type(criteria).__name__ for criteria in stopping if not _is_row_wise(criteria)), None)
+
+
+def _is_row_wise(criteria: Any) -> bool:
+    """Known to be, or a criterion of ours that says so itself."""
+    return isinstance(criteria, ROW_WISE) or getattr(criteria, "is_row_wise", False)
 
 
 class Rows:

@@ -1,0 +1,130 @@
+"""Requests answered by vLLM on a fused directory, in this process: one `vllm.LLM` per worker.
+
+The engine core runs in the worker's own process, so that a killed worker leaves nothing behind.
+"""
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.batch.answering import Job
+from trimtab.batch.requests import Sampling
+from trimtab.batch.responses import TokenScore, Written
+from trimtab.batch.rows import BrokenWorker
+from trimtab.logits import vocabulary
+
+# Read by vLLM when it is imported. Two workers that bind their threads would bind them to the same processors.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmEngine:
+    """vLLM on the fused model of a directory.
+
+    options   further arguments of `vllm.LLM`
+    """
+
+    name = "vllm"
+    without: tuple[str, ...] = ()
+
+    def __init__(self, directory: Path, dtype: str | None, options: Mapping[str, Any]) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import torch
+        from vllm import LLM
+
+        defaults = {
+            "dtype": dtype or "auto",
+            # Compiling pays on a GPU; on a CPU it would take longer than most batches.
+            "enforce_eager": not torch.cuda.is_available(),
+            # Rows without a seed of their own: workers shall not draw alike.
+            "seed": secrets.randbits(31),
+        }
+        self._llm = LLM(str(directory), **{**defaults, **options})
+        self.tokenizer = vocabulary.load_tokenizer(directory)
+        config = self._llm.llm_engine.model_config
+        self.context: int | None = config.max_model_len
+        self.vocab_size: int = config.hf_config.vocab_size
+
+    def longest_prompt(self, job: Job) -> int:
+        """Tokens of the prompt: all members read the same."""
+        return len(job.token_ids)
+
+    def write(self, jobs: Sequence[Job]) -> list[list[Written] | Exception]:
+        """For each job its n texts.
+
+        raises    BrokenWorker where the engine fails: what it still held would get into later answers
+        """
+        found: dict[int, list[Written] | Exception] = {}
+        valid: list[tuple[int, Any, Any]] = []
+        for place, job in enumerate(jobs):
+            try:
+                valid.append((place, {"prompt_token_ids": list(job.token_ids)}, _params(job.sampling)))
+            except (ValueError, TypeError) as error:
+                found[place] = error
+        if valid:
+            places, prompts, params = zip(*valid, strict=True)
+            try:
+                outputs = self._llm.generate(list(prompts), list(params), use_tqdm=False)
+            except Exception as error:
+                raise BrokenWorker(f"vLLM failed: {type(error).__name__}: {error}") from error
+            for place, output in zip(places, outputs, strict=True):
+                found[place] = [_written(text, jobs[place].sampling) for text in output.outputs]
+        return [found[place] for place in range(len(jobs))]
+
+
+def _params(sampling: Sampling) -> Any:
+    """vLLM's own settings; raises ValueError for what it refuses."""
+    import json
+
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    structured = None
+    if sampling.schema is not None:
+        structured = StructuredOutputsParams(
+            **({"json": json.loads(sampling.schema)} if sampling.schema else {"json_object": True})
+        )
+    names = (
+        "n",
+        "max_tokens",
+        "min_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "ignore_eos",
+        "logprobs",
+        "seed",
+    )
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    return SamplingParams(
+        **{name: getattr(sampling, name) for name in (*names, *penalties)},
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        structured_outputs=structured,
+    )
+
+
+def _written(output: Any, sampling: Sampling) -> Written:
+    scores = None
+    if sampling.logprobs is not None:
+        scores = [
+            _score(token, found, sampling.logprobs)
+            for token, found in zip(output.token_ids, output.logprobs, strict=True)
+        ]
+    return Written(output.text, len(output.token_ids), output.finish_reason, output.stop_reason, scores)
+
+
+def _score(token: int, found: Mapping[int, Any], most: int) -> TokenScore:
+    """vLLM adds the written token to the likeliest ones; only those of the first ranks were asked for."""
+    likely = sorted(found.items(), key=lambda item: item[1].rank)[:most]
+    return TokenScore(token, found[token].logprob, {token_id: entry.logprob for token_id, entry in likely})

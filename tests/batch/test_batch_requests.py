@@ -1,0 +1,128 @@
+"""What requests ask for: every field that is taken changes something, every other one is refused or idle."""
+
+import pytest
+
+from trimtab.batch.requests import CHAT, COMPLETIONS, IDLE, NUMBERS, SHARED, TRANSFORMERS_LACKS, read_request
+from trimtab.core.errors import BadSetting
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+# A value for each shared field that differs from its default.
+OTHER = {
+    "n": 2,
+    "min_tokens": 3,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 4,
+    "min_p": 0.1,
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "seed": 7,
+    "max_tokens": 9,
+    "model": "name",
+    "stop": ["x"],
+    "stop_token_ids": [3],
+    "ignore_eos": True,
+    "logprobs": 2,
+    "response_format": SCHEMA,
+}
+
+
+def chat(**body):
+    return read_request({"url": CHAT, "body": {"messages": MESSAGES} | body})
+
+
+def completion(**body):
+    return read_request({"url": COMPLETIONS, "body": {"prompt": "Hello"} | body})
+
+
+def test_the_table_of_other_values_names_every_field():
+    assert set(OTHER) == set(SHARED)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_field_that_is_taken_changes_what_is_asked(name):
+    assert completion(**{name: OTHER[name]}) != completion()
+    assert completion(**{name: None}) == completion()
+    assert chat(**{name: True if name == "logprobs" else OTHER[name]}) != chat()
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_idle_fields_pass_at_values_that_change_nothing_and_are_refused_at_others(name):
+    for value in (None, *IDLE[name]):
+        assert chat(**{name: value}) == chat()
+    if IDLE[name]:
+        with pytest.raises(BadSetting, match=f"{name} is .*, which trimtab does not offer in batches"):
+            chat(**{name: "x"})
+    else:
+        assert chat(**{name: "anything"}) == chat()
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-10.5, "1", True, [1], 10**400, -(10**400)])
+def test_numbers_out_of_range_or_of_another_kind_are_refused(name, value):
+    if name in ("top_k", "min_tokens") and value == 10**400:
+        assert completion(**{name: value}) != completion()
+        return
+    with pytest.raises(BadSetting, match=f"^{name} is .*\n  Expected: a"):
+        completion(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "says"),
+    [
+        (CHAT, {"messages": []}, r"messages is \[\]"),
+        (CHAT, {"messages": ["x"]}, 'a message is "x"'),
+        (CHAT, {"messages": [{"role": "user"}]}, "the content of a message is null"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "the content of a message is"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "has tool_calls"),
+        (CHAT, {"messages": MESSAGES, "prompt": "x"}, "knows no field 'prompt'"),
+        (CHAT, {"messages": MESSAGES, "top_logprobs": 3}, "top_logprobs is 3 without logprobs"),
+        (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, "top_logprobs is 21"),
+        (CHAT, {"messages": MESSAGES, "logprobs": 3}, "logprobs is 3"),
+        (CHAT, {"messages": MESSAGES, "max_completion_tokens": 0}, "max_completion_tokens is 0"),
+        (CHAT, {"messages": MESSAGES, "temperature": 0, "n": 2}, "n is 2 at temperature 0"),
+        (CHAT, {"messages": MESSAGES, "stop": [""]}, "stop is"),
+        (CHAT, {"messages": MESSAGES, "response_format": {"type": "grammar"}}, "response_format is"),
+        (COMPLETIONS, {}, "prompt is null"),
+        (COMPLETIONS, {"prompt": ""}, 'a prompt is ""'),
+        (COMPLETIONS, {"prompt": []}, r"prompt is \[\]"),
+        (COMPLETIONS, {"prompt": [1, -1]}, r"prompt is \[1,-1\]"),
+        (COMPLETIONS, {"prompt": ["x", [1], 2]}, "a prompt is 2"),
+        (COMPLETIONS, {"prompt": "x", "messages": MESSAGES}, "knows no field 'messages'"),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [1.5]}, "stop_token_ids is"),
+        (COMPLETIONS, {"prompt": "x", "ignore_eos": 1}, "ignore_eos is 1"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(url, body, says):
+    with pytest.raises(BadSetting, match=says):
+        read_request({"url": url, "body": body})
+
+
+def test_defaults_are_those_of_the_interface():
+    assert completion().sampling.max_tokens == 16
+    assert chat().sampling.max_tokens is None
+    assert chat().sampling.temperature == 1
+    assert chat(max_tokens=5, max_completion_tokens=6).sampling.max_tokens == 6
+    assert completion(seed=-1, top_k=-1) == completion()
+    assert completion(response_format={"type": "text"}) == completion()
+
+
+def test_prompts_come_in_four_forms():
+    assert completion(prompt="x").prompts == ("x",)
+    assert completion(prompt=["x", "y"]).prompts == ("x", "y")
+    assert completion(prompt=[1, 2]).prompts == ((1, 2),)
+    assert completion(prompt=[[1], [2, 3]]).prompts == ((1,), (2, 3))
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).prompts == (({"role": "user", "content": "one\ntwo"},),)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_LACKS)
+def test_what_an_engine_lacks_is_refused_for_it_alone_and_only_where_it_changes_something(name):
+    asked = {"url": COMPLETIONS, "body": {"prompt": "x", name: OTHER[name]}}
+    read_request(asked)
+    with pytest.raises(BadSetting, match=f"{name} is .*, which the transformers engine cannot follow"):
+        read_request(asked, TRANSFORMERS_LACKS, "transformers")
+    idle = {"type": "text"} if name == "response_format" else 0 if "penalty" in name else False
+    read_request({"url": COMPLETIONS, "body": {"prompt": "x", name: idle}}, TRANSFORMERS_LACKS, "transformers")
