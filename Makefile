@@ -29,7 +29,7 @@ VLLM_BIN := .venv-vllm/bin
 
 venv-vllm: .venv-vllm/.installed  ## the environment of the vLLM plug-in, .venv-vllm, on the CPU build of vLLM
 
-test-vllm: .venv-vllm/.installed  ## fused directories in vLLM against the transformers engine (some minutes)
+test-vllm: .venv-vllm/.installed browser  ## fused directories in vLLM against the transformers engine, and served (some minutes)
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default tests/serving
 
 demo: .venv/.installed  ## steer the zoo's strong model with small experts: tables, a plot and a page in reports/demo

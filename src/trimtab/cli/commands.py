@@ -1,7 +1,8 @@
 """The table of commands: what `trimtab --help` lists without importing any of them.
 
 A command is a module with a docstring (its first line is the promise), EXAMPLE (a line that runs), `add_arguments` and
-`run`, which prints its result on stdout through `output.emit` and raises TrimtabError for stated reasons.
+`run`, which prints its result on stdout through `output.emit` and raises TrimtabError for stated reasons. With
+PASSES_ON = True words that it does not know are kept as `args.passed_on`.
 """
 
 import argparse
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Line] = {
     "explain": Line(
         "trimtab.cli.explain", "Write a page that shows, token by token, which expert spoke and how loudly."
     ),
+    "serve": Line("trimtab.cli.serve", "Serve a fused model with vLLM: the OpenAI API, steered per request."),
     "list": Line("trimtab.cli.list", "List the strategies: amounts and choosers."),
     "show": Line("trimtab.cli.show", "Describe one strategy: settings, units, ranges, source, example."),
     "zoo": Line("trimtab.cli.zoo", "The embedded models and tasks: what is there, and how to build it again."),

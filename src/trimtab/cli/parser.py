@@ -13,6 +13,8 @@ from trimtab.core.errors import InputError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises InputError instead of leaving the process, and proposes near spellings."""
 
+    passes_on = False  # whether words that no option takes are kept as `passed_on`, for another program
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _Formatter)
         kwargs.setdefault("allow_abbrev", False)
@@ -23,6 +25,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """All arguments; an unknown option is answered with the nearest known one."""
+        if self.passes_on:
+            args, rest = self.parse_known_args(argv)
+            args.passed_on = rest
+            return args
         known = {option for parser in _family(self) for option in parser._option_string_actions}
         for word in itertools.takewhile(lambda word: word != "--", argv):
             if word.startswith("--") and word.split("=")[0] not in known:
@@ -65,6 +71,7 @@ def command_parser(name: str, command: Command | None = None) -> Parser:
     promise = (command.__doc__ or "").strip()
     description = f"{promise}\n\nexample:\n  {command.EXAMPLE}"
     parser = Parser(prog=f"trimtab {name}", description=description)
+    parser.passes_on = getattr(command, "PASSES_ON", False)
     command.add_arguments(parser)
     add_common(parser)
     return parser

@@ -1,0 +1,116 @@
+"""Serve a fused model with vLLM: the OpenAI-compatible API, steered per request by name and number.
+
+Needs vLLM (see docs/serving.md). Every option that is not listed here is passed on to `vllm serve`. A request's
+"vllm_xargs" may set alpha (factor of the shift), expert, and the strategy's numbers; {"trace": 1} keeps its alphas.
+"""
+
+import argparse
+import os
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from trimtab.cli import options, output
+from trimtab.core.errors import InputError
+
+EXAMPLE = "trimtab serve runs/facts --page"
+PASSES_ON = True  # words that no option takes go to vLLM
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Directory, where to listen, who may ask, strategy, drafts."""
+    parser.add_argument("model", metavar="DIR", help="a fused directory; give it first")
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen at: this machine only, unless you say so")
+    group.add_argument("--port", type=int, default=8000, help="port to listen at")
+    group.add_argument(
+        "--api-key", metavar="KEY", help="asked of every request but /, /health and /ping; or set VLLM_API_KEY"
+    )
+    group.add_argument("--page", action="store_true", help="serve a chat page at /")
+    group.add_argument("--max-body-mib", type=float, default=8.0, metavar="MIB", help="largest body of a request")
+    group.add_argument(
+        "--max-requests", type=int, default=1024, metavar="N", help="requests under way at once; more are told 503"
+    )
+    drafts = parser.add_argument_group("speed", "the law of the output is the same with and without drafts")
+    drafts.add_argument(
+        "--speculate",
+        metavar="auto|N",
+        default="0",
+        help="tokens that a small member drafts: auto where drafts pay, 0 for none",
+    )
+    drafts.add_argument(
+        "--draft",
+        metavar="WHO",
+        help="who drafts: an expert's name, base, mixture, fused or prompt; by default as the directory says",
+    )
+    options.add_strategy(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check what can be checked at once, then hand over to vLLM until it is stopped."""
+    from trimtab.serving import launch
+
+    directory = Path(args.model)
+    config = launch.check_directory(directory)
+    launch.check_port(args.host, args.port)
+    drafting = _drafting(args, directory)
+    print(drafting.remark, file=sys.stderr)
+    settings = launch.ServeSettings(
+        directory,
+        args.host,
+        args.port,
+        args.api_key,
+        args.page,
+        strategy=_strategy(args, config),
+        drafting=drafting.config,
+        max_body_mib=args.max_body_mib,
+        max_requests=args.max_requests,
+        passed_on=args.passed_on,
+    )
+    launch.check_members(settings, config)
+    launch.check_vllm()
+    threading.Thread(target=_announce, args=(args, settings), daemon=True).start()
+    launch.serve(settings)
+
+
+def _strategy(args: argparse.Namespace, config: Any) -> dict[str, Any] | None:
+    """What the flags change of the directory's strategy; None: nothing."""
+    if not (args.strategy or args.chooser or options.given_settings(args)):
+        return None
+    from trimtab.logits import saving
+    from trimtab.logits.strategy import strategy_from_dict
+
+    names = tuple(saving.references_of(config)[2])
+    present = strategy_from_dict(config.strategy or {}, names).to_dict()
+    changed: dict[str, Any] = options.strategy_of(args, names, present).to_dict()
+    return changed
+
+
+def _drafting(args: argparse.Namespace, directory: Path) -> Any:
+    """vLLM's settings of speculation, with a remark on who drafts."""
+    from trimtab.serving.drafting import translated
+
+    is_number = args.speculate.isdigit()
+    if args.speculate != "auto" and not is_number:
+        raise InputError(
+            f"--speculate {args.speculate} cannot be read.", "Expected: auto or a number.", "for example auto."
+        )
+    return translated(directory, int(args.speculate) if is_number else args.speculate, args.draft)
+
+
+def _announce(args: argparse.Namespace, settings: Any) -> None:
+    """Says where the server is, once it answers."""
+    while True:
+        try:
+            urllib.request.urlopen(f"{settings.url}/health", timeout=5).close()
+            break
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    result = {"url": f"{settings.url}/v1", "page": f"{settings.url}/" if settings.page else None, "pid": os.getpid()}
+    shown = f"serving {settings.directory} at {result['url']}" + (f"; page: {result['page']}" if settings.page else "")
+    document = output.document(result, {"strategy": settings.strategy, "drafting": settings.drafting}, None, "vllm")
+    output.emit(args.json, document, lambda: print(shown, flush=True))

@@ -1,0 +1,135 @@
+"""In vLLM's worker processes: which request each row of logits belongs to. Given to vLLM as `--worker-extension-cls`.
+
+vLLM's model runner knows the batch, and asks the model for logits in two ways: once per step for the rows that tokens
+are sampled from (one per request; with drafts one per drafted token and one more), and once for every request whose
+prompt is to be scored. Nothing in those calls says whose rows they are. So the first kind is remembered when the runner
+lays out the batch; the second hands over a view into the step's hidden states, whose offset tells the request.
+
+Written for the runner of vLLM 0.32 (`GPUModelRunner` in `v1/worker/gpu_model_runner.py`, which the CPU's inherits).
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from trimtab.core.errors import InputError, TrimtabError
+from trimtab.serving.requests import NOTHING_SET, RequestSettings, read_settings
+from trimtab.serving.steering import RowOwners, Steering
+
+NEEDED = ("_prepare_inputs", "input_batch", "requests", "query_start_loc", "positions", "discard_request_mask")
+logger = logging.getLogger(__name__)
+
+
+class SteeringWorker:
+    """Methods that vLLM adds to its workers; the API process calls them by name."""
+
+    model_runner: Any
+
+    def trimtab_start(self) -> list[str]:
+        """Lets requests have settings of their own; called again, it changes nothing. Returns the experts' names.
+
+        raises    TrimtabError where this engine's model runner is another one than this was written for
+        """
+        model = self.model_runner.get_model()
+        if model.steering is None:
+            steering = Steering(model.plan, BatchRows(self.model_runner, model.plan.strategy))
+            steering.warm_up(next(model.parameters()).device)
+            model.steering = steering
+        return list(model.plan.strategy.expert_names)
+
+    def trimtab_tally(self) -> dict[str, Any]:
+        """What `Tally.to_dict` says."""
+        steering = self.model_runner.get_model().steering
+        return steering.tally.to_dict() if steering is not None else {}
+
+    def trimtab_trace(self, key: str, start: int) -> list[dict[str, Any]]:
+        """The steps kept under a key, from a position on."""
+        steering = self.model_runner.get_model().steering
+        return steering.traces.steps(key, start) if steering is not None else []
+
+
+class BatchRows:
+    """Whose rows are whose, from the model runner's batch."""
+
+    def __init__(self, runner: Any, strategy: Any) -> None:
+        missing = [name for name in NEEDED if not hasattr(runner, name)]
+        if missing:
+            raise TrimtabError(
+                f"this engine's model runner, {type(runner).__qualname__}, has no {', '.join(missing)}.",
+                "Settings of requests are read from the V1 model runner of vLLM 0.32.",
+                "set VLLM_USE_V2_MODEL_RUNNER=0, and use vLLM 0.32.",
+            )
+        self.runner = runner
+        self.strategy = strategy
+        self._sampled: np.ndarray | None = None  # [row] place of the row's request; None once the rows were asked for
+        self._indices: Any = None  # [row] of the row's token in this step
+        prepare = runner._prepare_inputs
+
+        def prepare_and_note(*args: Any, **kwargs: Any) -> Any:
+            found = prepare(*args, **kwargs)
+            self._note(found[0], found[1])
+            return found
+
+        runner._prepare_inputs = prepare_and_note
+
+    def _note(self, logits_indices: Tensor, drafts: Any) -> None:
+        counts = 1 if drafts is None else np.asarray(drafts.num_draft_tokens) + 1
+        self._sampled = np.repeat(np.arange(self.runner.input_batch.num_reqs), counts)
+        self._indices = logits_indices
+
+    def of(self, hidden_states: Tensor) -> RowOwners | None:
+        """Owners of the rows that are about to be fused."""
+        rows = hidden_states.shape[0]
+        if self._sampled is not None and len(self._sampled) == rows:
+            places, self._sampled = self._sampled, None
+            return self._of_sampled(places)
+        return self._of_prompt(hidden_states) if self._indices is not None else None
+
+    def _of_sampled(self, places: np.ndarray) -> RowOwners:
+        batch = self.runner.input_batch
+        ids = batch.req_ids
+        settings = [self._settings(id_) for id_ in ids[: batch.num_reqs]]
+        is_partial = self.runner.discard_request_mask.np  # the prompt is not read to its end: nothing is sampled
+        keys = [
+            None if asked.trace is None or is_partial[place] else key_of(asked.trace, ids[place])
+            for place, asked in enumerate(settings)
+        ]
+        has_keys = any(key is not None for key in keys)
+        positions: Sequence[int] = self.runner.positions[self._indices].tolist() if has_keys else [0] * len(places)
+        return RowOwners(
+            [settings[place] for place in places],
+            [keys[place] for place in places],
+            positions,
+            [not is_partial[place] for place in places],
+        )
+
+    def _of_prompt(self, hidden_states: Tensor) -> RowOwners:
+        rows, first = hidden_states.shape[0], hidden_states.storage_offset() // hidden_states.stride(0)
+        batch = self.runner.input_batch
+        ends = self.runner.query_start_loc.np[1 : batch.num_reqs + 1]
+        place = int(np.searchsorted(ends, first, side="right"))
+        asked = self._settings(batch.req_ids[place])
+        return RowOwners([asked] * rows, [None] * rows, [0] * rows, [False] * rows)
+
+    def _settings(self, request: str) -> RequestSettings:
+        params = self.runner.requests[request].sampling_params
+        if params is None or not params.extra_args:
+            return NOTHING_SET
+        try:
+            return read_settings(params.extra_args, self.strategy)
+        except InputError as error:
+            # The API process refuses such requests; raised here, it would end the engine and everybody's requests.
+            logger.error("request %s runs without its settings: %s", request, error)
+            return NOTHING_SET
+
+
+def key_of(trace: str, request: str) -> str:
+    """Under which a choice of a request is kept: the trace's key and, of several choices, its number.
+
+    request   vLLM's own id: choice 2 of several is named `2_...`
+    """
+    number, _, rest = request.partition("_")
+    return f"{trace}#{number if rest and number.isdigit() else 0}"

@@ -1,0 +1,79 @@
+"""The soak in a short form, and the load generator, against a server of their own."""
+
+import math
+import sys
+
+import pytest
+from bench.served import running
+from bench.soak import Settings, command, soak, write_fused
+from bench.traffic import figures_of, jobs_of, send
+
+from bench import served
+
+SETTINGS = Settings(seconds=15, warm_up=15, visitors=8, most_requests=24)
+
+
+@pytest.fixture(scope="module")
+def lone_server(tmp_path_factory):
+    """Its cache is small, so that the warm-up touches all of it."""
+    folder = tmp_path_factory.mktemp("soak")
+    write_fused(folder / "zoo")
+    with running(command(folder / "zoo", SETTINGS), folder, more={"OMP_NUM_THREADS": "1"}) as server:
+        yield server
+
+
+def test_requests_are_sent_when_due_and_answered_in_full(lone_server):
+    jobs = jobs_of("arithmetic", 6, 4.0, seed=0)
+    answers = send(lone_server.url, served.MODEL, jobs)
+    assert [answer.tokens for answer in answers] == [job.tokens for job in jobs]
+    for answer, job in zip(answers, jobs, strict=True):
+        assert answer.due == job.at_seconds <= answer.sent < answer.moments[0][0]
+        assert [count for _, count in answer.moments] == sorted({count for _, count in answer.moments})
+    found = figures_of(answers)
+    assert found["tokens"] == sum(job.tokens for job in jobs)
+    assert 0 < found["itl_ms"] <= found["itl_p95_ms"]
+    assert found["seconds"] > jobs[-1].at_seconds
+
+
+def test_as_many_as_allowed_are_under_way(lone_server):
+    answers = send(lone_server.url, served.MODEL, jobs_of("facts", 6, math.inf, seed=0), most_under_way=2)
+    ends = sorted(answer.moments[-1][0] for answer in answers)
+    starts = sorted(answer.sent for answer in answers)
+    assert all(start >= end for start, end in zip(starts[2:], ends, strict=False))
+
+
+def test_a_short_soak_leaves_nothing_behind(lone_server):
+    found = soak(lone_server, SETTINGS, lambda text: None)
+    assert [check for check in found["checks"] if not check["is_met"]] == [], found["wrong"]
+    visits = {name.partition(":")[0] for name in found["statuses"]}
+    assert visits == {"whole", "streamed", "chat", "cancelled", "left", "hung_up", "nonsense"}
+
+
+BROKEN = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    held = bytearray(1)
+    def do_GET(self):
+        self.answer(200, b"vllm:num_requests_running 1\\nvllm:num_requests_waiting 0\\nvllm:kv_cache_usage_perc 0.5\\n")
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        Handler.held += b"x" * 200_000
+        self.answer(500, b"{}")
+    def answer(self, status, text):
+        self.send_response(status); self.send_header("Content-Length", str(len(text))); self.end_headers()
+        self.wfile.write(text)
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer((sys.argv[2], int(sys.argv[4])), Handler).serve_forever()
+"""
+
+
+def test_a_broken_server_fails_every_check(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.soak.QUIET_WITHIN", 1.0)
+    with running([sys.executable, "-c", BROKEN], tmp_path) as server:
+        found = soak(server, Settings(seconds=3, warm_up=1, visitors=4, most_requests=4), lambda text: None)
+    met = {check["name"]: check["is_met"] for check in found["checks"]}
+    assert met.pop("vllm:num_requests_waiting afterwards")
+    assert met.pop("slowest refusal")  # there was none
+    assert not any(met.values()), found["checks"]
+    assert len(met) == 7
+    assert any("500" in what for what in found["wrong"])
