@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from test_lanes import save_adapters, with_adapters
+from transformers.generation.streamers import BaseStreamer
 
 import tiny
 from fusing import PROMPTS, fuse, new_tokens
@@ -103,15 +104,29 @@ def test_different_models_are_read_at_the_same_time():
 # ---- what a call of generate asks for, and what it reports
 
 
+class Meeting(BaseStreamer):
+    """Threads wait for one another when `generate` hands over the prompt: behind the settings, before the loop."""
+
+    def __init__(self, barrier):
+        self.wait = barrier.wait
+
+    def put(self, value):
+        if value.ndim == 2:
+            self.wait(20)
+
+    def end(self):
+        pass
+
+
 def test_each_thread_has_its_plan_and_its_report():
-    model = fuse()
-    plans = [0, 3, 2, 3] * 2
+    model, barrier = fuse(), threading.Barrier(THREADS)
+    plans = [0, 3, 2, 3]
 
-    def write(drafts):
-        ids = new_tokens(model, PROMPTS[0], speculate=drafts, max_new_tokens=12)[1]
-        return ids, model.last_speculation
+    def write(drafts, streamer=None):
+        options = {"speculate": drafts, "max_new_tokens": 12, "streamer": streamer or Meeting(barrier)}
+        return new_tokens(model, PROMPTS[0], **options)[1], model.last_speculation
 
-    alone = [write(drafts) for drafts in plans]
+    alone = [write(drafts, Meeting(threading.Barrier(1))) for drafts in plans]
     for drafts, (ids, report), (expected, _) in zip(plans, together(write, plans), alone, strict=True):
         assert torch.equal(ids, expected)
         assert report.is_on == (drafts > 0)
