@@ -19,7 +19,7 @@ from trimtab.logits.linears import StandIn, changed, hooks_of, is_free, linear, 
 from trimtab.logits.turns import turn_of
 from trimtab.logits.views import BUILDING, Watch, stack_
 
-# Found by measurement, see docs/fused-models.md: which product of a stack of matrices is the quickest on a CPU.
+# Found by measurement, see `python -m bench onepass`: which product of a stack of matrices is the quickest on a CPU.
 SMALL_MATRIX = 2**18  # numbers; a batched product of smaller ones saves the start of each
 FEW_ROWS = 2  # up to so many rows per copy, large matrices are quickest from the left
 MANY_MULTIPLICATIONS = 2**20  # per copy: from here on products one by one are the quickest
