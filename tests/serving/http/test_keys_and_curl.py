@@ -90,7 +90,7 @@ def test_pages_of_other_sites_are_not_let_in(server) -> None:
     assert "access-control-allow-origin" not in text.lower()
 
 
-@pytest.mark.parametrize("header", ["X-Long: " + "a" * 200_000, "Authorization: Bearer " + "k" * 100_000])
+@pytest.mark.parametrize("header", ["X-Long: " + "a" * 100_000, "Authorization: Bearer " + "k" * 100_000])
 def test_giant_headers_are_refused(server, header: str) -> None:
     status, _ = curl("-H", header, f"{server.url}/models")
     assert 400 <= status < 500

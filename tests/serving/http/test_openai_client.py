@@ -5,6 +5,7 @@ import pytest
 import torch
 
 QUESTION = [{"role": "user", "content": "Which pet does Jakob Brulman keep?"}]
+FREE = {"ignore_eos": True}
 PROMPT = "Q: Who lives in the north?\nA:"
 
 
@@ -38,12 +39,12 @@ def test_chats_are_the_transformers_engines(client, fused) -> None:
 
 
 def test_streams_say_the_same_and_end_with_usage(client) -> None:
-    asked = {"model": "zoo", "messages": QUESTION, "max_tokens": 16, "temperature": 0}
+    asked = {"model": "zoo", "messages": QUESTION, "max_tokens": 16, "temperature": 0, "extra_body": FREE}
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
-    assert len(chunks) > 4
+    assert len(chunks) > 8
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     pieces = client.completions.create(model="zoo", prompt=PROMPT, max_tokens=8, temperature=0, stream=True)
     joined = "".join(piece.choices[0].text for piece in pieces if piece.choices)
@@ -80,9 +81,9 @@ def test_several_choices_and_seeds(client) -> None:
 
 def test_stop_strings_end_an_answer(client) -> None:
     asked = {"model": "zoo", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
-    free = client.completions.create(**asked, extra_body={"ignore_eos": True}).choices[0].text
+    free = client.completions.create(**asked, extra_body=FREE).choices[0].text
     word = free.split()[2]
-    stopped = client.completions.create(**asked, stop=[word], extra_body={"ignore_eos": True}).choices[0]
+    stopped = client.completions.create(**asked, stop=[word], extra_body=FREE).choices[0]
     assert stopped.text == free[: free.index(word)]
     assert stopped.finish_reason == "stop"
 
