@@ -3,6 +3,9 @@
 vLLM's CPU kernels know few head sizes (32, 64, ...); small experts often have others. Zeros added to queries and keys
 leave every score as it was (the scale is the model's own), and those added to values come out as zeros, which are cut:
 the result is exact, at the price of a wider key-value cache.
+
+Rotary positions meet such sizes too: vLLM 0.32's CPU kernel writes the halves of 16-bit heads by aligned stores of 8
+numbers, and the process dies where a half is no multiple of that, as with heads of 24. There torch rotates.
 """
 
 from typing import Any
@@ -10,19 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.platforms import current_platform
 
 from trimtab.core.errors import BadSetting
 from trimtab.serving.plan import Body
 
+STORED_AT_ONCE = 8  # numbers of 16 bits, by the CPU's rotary kernel
+
 
 def fill_heads(model: nn.Module, body: Body) -> None:
-    """Widens every attention layer of a body whose head size its backend lacks.
+    """Widens every attention layer of a body whose head size its backend lacks, and rotates without its kernel where
+    that fails.
 
     raises    BadSetting when the backend has no larger size either
     """
     for layer in model.modules():
         if isinstance(layer, Attention) and not layer.attn_backend.supports_head_size(layer.head_size):
             _fill(layer, body)
+        if isinstance(layer, RotaryEmbeddingBase) and _fails(layer):
+            layer._forward_method = layer.forward_native
+
+
+def _fails(layer: Any) -> bool:
+    """Whether the kernel that rotates this layer's heads would store a half where it must not."""
+    is_narrow = layer.dtype in (torch.bfloat16, torch.float16)
+    return current_platform.is_cpu() and is_narrow and layer.rotary_dim // 2 % STORED_AT_ONCE != 0
 
 
 def _fill(layer: Any, body: Body) -> None:
