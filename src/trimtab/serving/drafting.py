@@ -59,9 +59,9 @@ def speculative_config(directory: str | os.PathLike[str], member: str, tokens: i
     if member == PROMPT:
         return _told("ngram", tokens, prompt_lookup_max=NGRAM, prompt_lookup_min=LEAST_NGRAM)
     rule = _settled(member, place, config)
-    # Tokens drawn from the drafter's law stand more often than its likeliest ones; greedy requests draft greedily.
-    model = str(drafter_directory(place, rule))
-    return _told("draft_model", tokens, model=model, draft_sample_method="probabilistic")
+    # Drafts are the drafter's likeliest tokens. Drawn from its law ("draft_sample_method": "probabilistic") they would
+    # stand more often where requests sample, but vLLM 0.32 draws them without the requests' seeds.
+    return _told("draft_model", tokens, model=str(drafter_directory(place, rule)))
 
 
 def _told(method: str, tokens: int, **more: Any) -> dict[str, Any]:

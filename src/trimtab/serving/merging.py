@@ -49,6 +49,8 @@ def _merge(name: str, directory: Path, adapter: Path, target: Path) -> None:
             "vLLM runs an expert as a model of its own.",
             "use the transformers engine, which keeps adapters apart.",
         ) from error
+    # Of processes that share members each loads for itself; transformers would let the first one write only.
+    whole.should_save_on_this_rank = lambda is_main_process: True
     whole.save_pretrained(target)
     if not any(target.glob("*.safetensors")):
         raise UnreadableModel(f"merging the adapter '{name}' wrote no weights.", fix="merge it by hand, then fuse.")

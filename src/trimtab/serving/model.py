@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
@@ -41,14 +42,17 @@ class FusedForVllm(nn.Module):
         for body in self.plan.bodies:
             config = get_config(str(body.directory), trust_remote_code=False)
             check_body(body, config, self.plan.vocab_size, vllm_config.parallel_config.tensor_parallel_size)
-            own = _config_of(body, config, vllm_config)
+            name = maybe_prefix(prefix, body.key)
+            own = _config_of(body, name, config, vllm_config)
             # Compiled code is kept by tag: under one tag, bodies of one architecture would take each other's.
             with set_model_tag(f"trimtab_{body.key}"):
-                model = init_vllm_registered_model(own, prefix=maybe_prefix(prefix, body.key))
+                model = init_vllm_registered_model(own, prefix=name)
             fill_heads(model, body)
             self.add_module(body.key, model)
             self.configs[body.key] = own.model_config
             self.widths.append(own.model_config.get_hidden_size())
+        if self.plan.drafter is not None:
+            _refuse_unlike_windows(vllm_config)
 
     @property
     def bodies(self) -> list[Any]:
@@ -116,6 +120,18 @@ class FusedForVllm(nn.Module):
         return filled
 
 
+def _refuse_unlike_windows(vllm_config: VllmConfig) -> None:
+    """vLLM wants a drafter's layers in one group of key-value caches, and groups layers of unlike windows by counts."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    windows = {layer.sliding_window for layer in layers if isinstance(layer, Attention)}
+    if len(windows) > 1 and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise BadSetting(
+            "a member drafts, and some members' attention has a sliding window, others' has none or another one.",
+            "vLLM drafts only where all layers keep their key-value caches alike.",
+            "pass disable_hybrid_kv_cache_manager=True (--disable-hybrid-kv-cache-manager).",
+        )
+
+
 def _local(directory: str) -> Path:
     if not Path(directory).is_dir():
         raise BadSetting(
@@ -126,8 +142,8 @@ def _local(directory: str) -> Path:
     return Path(directory)
 
 
-def _config_of(body: Body, config: Any, vllm_config: VllmConfig) -> VllmConfig:
-    """vLLM's configuration as one member must see it."""
+def _config_of(body: Body, name: str, config: Any, vllm_config: VllmConfig) -> VllmConfig:
+    """vLLM's configuration as one member must see it, under the name that its layers have."""
     own = vllm_config.with_hf_config(config, architectures=config.architectures)
     model = own.model_config
     model.model, model.revision = str(body.directory), None
@@ -139,4 +155,17 @@ def _config_of(body: Body, config: Any, vllm_config: VllmConfig) -> VllmConfig:
     types = getattr(model.hf_text_config, "layer_types", None)
     is_all_sliding = types is None or all(kind == "sliding_attention" for kind in types)
     own.cache_config.sliding_window = model.get_sliding_window() if is_all_sliding else None
+    # Compiled code is kept on disk by what the configuration says, and calls attention layers by name. A base and an
+    # adapter on it say the same: without their names the one would read the other's key-value cache.
+    own.additional_config = {**_mapping(own.additional_config), "trimtab_body": name}
     return own
+
+
+def _mapping(additional_config: Any) -> dict[str, Any]:
+    if not isinstance(additional_config, dict):
+        raise BadSetting(
+            f"additional_config is a {type(additional_config).__name__}.",
+            "Members are told apart by an entry in it.",
+            "pass a mapping.",
+        )
+    return additional_config

@@ -14,7 +14,8 @@ from fusing import check_same_tokens
 def engine(directory, **options):
     """vLLM on a directory, float32, eager; gone afterwards."""
     # max_num_seqs is small on purpose: requests queue, join and leave while others run.
-    llm = LLM(str(directory), **{"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64} | options)
+    usual = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64, "disable_log_stats": False}
+    llm = LLM(str(directory), **usual | options)
     try:
         yield llm
     finally:
@@ -28,6 +29,11 @@ def served(llm, prompts, **options):
     """Greedy continuations of token ids: vLLM's outputs, in the order of the prompts."""
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "logprobs": 2} | options)
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def counters(llm):
+    """What vLLM has counted so far, by name."""
+    return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
 
 
 def expected(fused, prompts, batch=25, **options):

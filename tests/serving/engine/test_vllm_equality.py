@@ -3,14 +3,20 @@
 from itertools import chain, zip_longest
 
 import pytest
-from engines import check_same, engine, expected, served
+import torch
+from engines import check_same, counters, engine, expected, served
 
 import tiny
 from trimtab import FusedCausalLM
+from trimtab.core.errors import BadSetting
 from trimtab.serving.drafting import speculative_config
 from trimtab.zoo.tasks import TASKS, load_items
 
 PROMPTS = 300
+# Whole blocks of the key-value cache are found again; the CPU's usual ones are longer than these prompts.
+CACHED = {"enable_prefix_caching": True, "block_size": 32}
+PIECES = {"enable_chunked_prefill": True, "max_num_batched_tokens": 80}
+PLAIN = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +45,18 @@ def wanted(zoo, prompts):
     return expected(zoo[1], prompts)
 
 
-def test_zoo_prompts_64_at_a_time(zoo, prompts, wanted):
-    with engine(zoo[0], enable_prefix_caching=False, enable_chunked_prefill=False) as llm:
+def one_at_a_time(llm, prompts, **options):
+    return [served(llm, [ids], **options)[0] for ids in prompts]
+
+
+def test_zoo_prompts_64_at_a_time_and_one_at_a_time(zoo, prompts, wanted):
+    with engine(zoo[0], **PLAIN) as llm:
         check_same(zoo[1], prompts, served(llm, prompts), wanted, most=3)
+        check_same(zoo[1], prompts[:40], one_at_a_time(llm, prompts[:40]), wanted[:40], most=1)
 
 
 def test_zoo_prompts_with_cached_prefixes_and_prompts_in_pieces(zoo, prompts, wanted):
-    # Whole blocks are cached; the CPU's usual ones are longer than these prompts.
-    pieces = {"enable_chunked_prefill": True, "max_num_batched_tokens": 80}
-    with engine(zoo[0], enable_prefix_caching=True, block_size=32, **pieces) as llm:
+    with engine(zoo[0], **CACHED, **PIECES) as llm:
         check_same(zoo[1], prompts, served(llm, prompts), wanted, most=3)
         longest = sorted(range(PROMPTS), key=lambda place: -len(prompts[place]))[:50]
         again = served(llm, [prompts[place] for place in longest])
@@ -55,38 +64,78 @@ def test_zoo_prompts_with_cached_prefixes_and_prompts_in_pieces(zoo, prompts, wa
         check_same(zoo[1], [prompts[p] for p in longest], again, [wanted[p] for p in longest], most=1)
 
 
-def test_zoo_prompts_one_at_a_time(zoo, prompts, wanted):
-    with engine(zoo[0], max_num_seqs=1) as llm:
-        check_same(zoo[1], prompts[:50], served(llm, prompts[:50]), wanted[:50], most=1)
+def check_drafts_counted(llm):
+    """Drafts were made; some stood, and not all: both ways were walked."""
+    found = counters(llm)
+    drafted, stood = (found[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert 0 < stood < drafted
 
 
-@pytest.mark.parametrize("member", ["math", "base"])
-def test_zoo_prompts_with_a_small_member_drafting(zoo, prompts, wanted, member):
-    drafting = speculative_config(zoo[0], member, tokens=3)
-    with engine(zoo[0], speculative_config=drafting, disable_log_stats=False) as llm:
-        check_same(zoo[1], prompts[:100], served(llm, prompts[:100], logprobs=None), wanted[:100], most=2)
-        counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    assert counters["vllm:spec_decode_num_draft_tokens"] > 0
-    assert counters["vllm:spec_decode_num_accepted_tokens"] > 0
+def test_zoo_prompts_with_an_expert_drafting(zoo, prompts, wanted):
+    drafting = speculative_config(zoo[0], "math", tokens=3)
+    with engine(zoo[0], speculative_config=drafting, **CACHED, **PIECES) as llm:
+        check_same(zoo[1], prompts, served(llm, prompts, logprobs=None), wanted, most=3)
+        again = served(llm, prompts[:60], logprobs=None)
+        assert sum(output.num_cached_tokens for output in again) > 0
+        check_same(zoo[1], prompts[:60], again, wanted[:60], most=1)
+        check_same(zoo[1], prompts[:30], one_at_a_time(llm, prompts[:30], logprobs=None), wanted[:30], most=1)
+        check_drafts_counted(llm)
+
+
+@pytest.mark.parametrize("drafter", ["base", "facts", "mixture", "fused", "prompt"])
+def test_zoo_prompts_with_others_drafting(zoo, prompts, wanted, drafter):
+    drafting = speculative_config(zoo[0], drafter, tokens=3)
+    with engine(zoo[0], speculative_config=drafting, **PLAIN) as llm:
+        check_same(zoo[1], prompts[:40], served(llm, prompts[:40], logprobs=None), wanted[:40], most=1)
+        check_drafts_counted(llm)
 
 
 # Widths 128 and 32 with four heads: the small members' heads of 8 are filled up to a size that the CPU kernels know.
 PAIRS = [("llama", "gpt2"), ("qwen2", "llama"), ("gpt2", "mistral"), ("mistral", "qwen2")]
-TEXTS = ["Where does Ada live?", "Q: 12+7", "a", "The quick brown fox (a small one) sleeps.", "x" * 40, "Zz?" * 7]
 
 
-@pytest.mark.parametrize(("strong", "small"), PAIRS)
-def test_random_members_of_unlike_architecture_width_and_depth(tmp_path, strong, small):
+def random_fused(folder, strong, small):
+    """Random members of two architectures, with two experts, saved in a folder; the transformers engine of them."""
     base = tiny.make(small, seed=1)
     models = {"strong": tiny.make(strong, seed=0, width=128, layers=3), "base": base}
     models |= {"math": tiny.tuned(base, 10), "facts": tiny.tuned(base, 11)}
     for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        tiny.make_tokenizer().save_pretrained(tmp_path / name)
-    where = {name: str(tmp_path / name) for name in models}
+        model.save_pretrained(folder / name)
+        tiny.make_tokenizer().save_pretrained(folder / name)
+    where = {name: str(folder / name) for name in models}
     experts = {name: where[name] for name in ("math", "facts")}
     fused = FusedCausalLM.from_members(where["strong"], where["base"], experts)
-    fused.save_pretrained(tmp_path / "fused")
-    prompts = [fused.tokenizer(text)["input_ids"] for text in TEXTS]
-    with engine(tmp_path / "fused", max_num_batched_tokens=128) as llm:
-        check_same(fused, prompts, served(llm, prompts), expected(fused, prompts), most=1)
+    fused.save_pretrained(folder / "fused")
+    return fused
+
+
+def random_prompts(count=64, longest=70):
+    """Token ids of mixed lengths; half of them begin alike, over more than one block of the cache."""
+    generator = torch.Generator().manual_seed(7)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    drawn = [torch.randint(4, tiny.VOCAB, (length,), generator=generator).tolist() for length in lengths]
+    return [drawn[0][:1] * 40 + ids[:20] if place % 2 else ids for place, ids in enumerate(drawn)]
+
+
+@pytest.mark.parametrize(("strong", "small"), PAIRS)
+def test_random_members_of_unlike_architecture_width_and_depth(tmp_path, strong, small):
+    fused = random_fused(tmp_path, strong, small)
+    prompts = random_prompts()
+    wanted = expected(fused, prompts, batch=64)
+    with engine(tmp_path / "fused", **PLAIN) as llm:
+        check_same(fused, prompts, served(llm, prompts), wanted, most=1)
+        check_same(fused, prompts[:8], one_at_a_time(llm, prompts[:8]), wanted[:8], most=1)
+    drafting = {"speculative_config": speculative_config(tmp_path / "fused", "math", tokens=3)}
+    if "mistral" in (strong, small):  # its window is not the others'
+        with (
+            pytest.raises(BadSetting, match="disable_hybrid_kv_cache_manager=True"),
+            engine(tmp_path / "fused", **drafting),
+        ):
+            pass
+        drafting["disable_hybrid_kv_cache_manager"] = True
+    with engine(tmp_path / "fused", **drafting, **CACHED, **PIECES) as llm:
+        check_same(fused, prompts, served(llm, prompts, logprobs=None), wanted, most=1)
+        again = one_at_a_time(llm, prompts[:8], logprobs=None)
+        assert sum(output.num_cached_tokens for output in again) > 0
+        check_same(fused, prompts[:8], again, wanted[:8], most=1)
+        check_drafts_counted(llm)

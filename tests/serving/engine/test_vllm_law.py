@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+import vllm
 from engines import engine, served
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import StructuredOutputsParams
 
 from trimtab import FusedCausalLM, make_strategy
-from trimtab.core.errors import MemberMismatch
+from trimtab.core.errors import BadSetting, MemberMismatch
 from trimtab.registry import AMOUNTS, CHOOSERS
+from trimtab.serving import plugin
 
 PROMPT = "Q: Who lives in the north?\nA:"
 STATIC = {"amount": "static", "chooser": "paper", "settings": {"alpha": 0.7}}
@@ -133,3 +135,13 @@ def test_a_member_that_has_changed_is_refused(directory, tmp_path):
 def test_pipeline_parallelism_is_refused(directory):
     with pytest.raises(NotImplementedError, match="Pipeline parallelism is not supported"):
         EngineArgs(model=str(directory), pipeline_parallel_size=2).create_engine_config()
+
+
+def test_another_series_of_vllm_is_refused(directory, monkeypatch):
+    with monkeypatch.context() as other:
+        other.setattr(vllm, "__version__", "0.33.0")
+        plugin.register()
+        with pytest.raises(BadSetting, match=r"this is vLLM 0\.33\.0"):
+            EngineArgs(model=str(directory)).create_engine_config()
+    plugin.register()
+    assert EngineArgs(model=str(directory)).create_engine_config().model_config.architectures == ["FusedCausalLM"]

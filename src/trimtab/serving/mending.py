@@ -1,0 +1,61 @@
+"""What vLLM 0.32's CPU build gets wrong, put right before an engine starts."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def mend_cpu_sampler() -> None:
+    """Lets drafts be judged at the temperature, top-k and top-p of their requests.
+
+    vLLM 0.32's stand-in for the kernel that gives each drafted token its request's temperature writes into a copy in
+    another type, and the copy is dropped: logits would be divided by whatever lies in memory.
+    """
+    from vllm.utils import cpu_triton_utils
+
+    cpu_triton_utils._expand_kernel_impl = expand
+
+
+def expand(
+    output: Tensor,
+    values: Tensor,
+    ends: Int[Tensor, " request"],
+    replace_from: int | float,
+    replace_to: int | float,
+    MAX_NUM_TOKENS: int | None = None,  # as vLLM calls it
+) -> None:
+    """Each request's value once per drafted token of that request, written to `output`.
+
+    output        [token]      filled in place
+    values        [request]    `replace_from` is replaced by `replace_to`
+    ends          [request]    drafted tokens of this request and all before it
+    """
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    replaced = torch.where(values == replace_from, replace_to, values)
+    output.copy_(replaced.repeat_interleave(counts))
+
+
+def deny_llvmlite_fields() -> None:
+    """Lets vLLM's CPU build start where llvmlite is imported, which the compiled solver does.
+
+    Starting, vLLM 0.32 reads the `__dict__` of whatever any module holds. llvmlite's library object has none, but
+    answers for any name with a function of its library, for `__dict__` too: the engine would die of that.
+    """
+    if find_spec("llvmlite") is None:
+        return
+    from llvmlite.binding import ffi
+
+    if not hasattr(ffi.lib, "__dict__"):
+        return
+    library = type(ffi.lib)
+    answer = library.__getattr__
+
+    def answer_for_functions(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return answer(self, name)
+
+    library.__getattr__ = answer_for_functions
