@@ -69,7 +69,7 @@ class OnRay:
                 "Memory that is full does this.",
                 "take fewer workers or smaller batches, and run again with --resume: what was finished is kept.",
             )
-        died = RowError("WorkerDied", f"the worker died each time it was given this row, {2 * TRIES} times.")
+        died = RowError("WorkerDied", "the worker died each time it was given this row, also alone.")
         yield [Outcome(row_id, error=died) for row_id in left]
 
     def _outcomes(self, rows: list[Row], batch_size: int, make_worker: MakeWorker) -> Finished:
@@ -82,7 +82,7 @@ class OnRay:
             for batch in batches(rows, batch_size)
         ]
         pool = ray.data.ActorPoolStrategy(
-            size=min(self.workers, len(tables)),
+            size=min(self.workers, max(1, len(tables) - 1)),
             # A row alone shall not lose its tries to a neighbour that waits behind it and kills the worker.
             max_tasks_in_flight_per_actor=1 if batch_size == 1 else 2,
         )
