@@ -1,0 +1,38 @@
+"""An engine as it is started on its own: `python separately.py`, a job as JSON on stdin, token ids as JSON at the end.
+
+{"directory": ..., "options": {...}, "prompts": [[1, 2], ...], "max_tokens": 24}
+"""
+
+import json
+import sys
+
+MARK = "TOKENS "
+
+
+def without_gather(model):
+    """Whether this process gets no logits when only the first one gathers them; every process runs this."""
+    import torch
+
+    for body in model.bodies:
+        body.logits_processor.use_all_gather = False
+    found = model.compute_logits(torch.zeros(2, sum(model.widths)))
+    for body in model.bodies:
+        body.logits_processor.use_all_gather = True
+    return None if found is None else list(found.shape)
+
+
+def main():
+    from vllm import LLM, SamplingParams
+
+    job = json.load(sys.stdin)
+    llm = LLM(job["directory"], dtype="float32", max_model_len=128, max_num_seqs=16, **job["options"])
+    params = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
+    found = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    if job["options"].get("tensor_parallel_size", 1) > 1:
+        found["gathered"] = llm.apply_model(without_gather)
+    sys.stdout.write(f"{MARK}{json.dumps(found)}\n")
+
+
+if __name__ == "__main__":
+    main()

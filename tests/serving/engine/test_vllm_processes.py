@@ -1,0 +1,93 @@
+"""Engines as users start them: in a process of their own, compiled, members shared by two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engines import expected, until_end
+from peft import LoraConfig, get_peft_model
+from separately import MARK
+
+import tiny
+from trimtab import FusedCausalLM
+from trimtab.serving.drafting import speculative_config
+
+HERE = Path(__file__).parent
+PROMPTS = ["Where does Ada live?", "Q: 12+7", "a", "The quick brown fox (a small one) sleeps.", "Zz?" * 7]
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    """A base with an adapter: two bodies of one configuration. The directory, and the transformers engine of it."""
+    folder = tmp_path_factory.mktemp("processes")
+    for name, model in {"strong": tiny.make(seed=0, width=128), "base": tiny.make(seed=1)}.items():
+        model.save_pretrained(folder / name)
+        tiny.make_tokenizer().save_pretrained(folder / name)
+    bare = tiny.make(seed=1)
+    bare.name_or_path = str(folder / "base")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        adapter = get_peft_model(bare, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, bias="none"))
+    adapter.save_pretrained(folder / "adapter")
+    fused = FusedCausalLM.from_members(
+        str(folder / "strong"), str(folder / "base"), {"facts": str(folder / "adapter")}, strategy="static"
+    )
+    fused.save_pretrained(folder / "fused")
+    return folder, fused
+
+
+@pytest.fixture(scope="module")
+def wanted(members):
+    prompts = [members[1].tokenizer(text)["input_ids"] for text in PROMPTS]
+    return prompts, expected(members[1], prompts)
+
+
+def started(folder, prompts, timeout=200, **options):
+    """What an engine of its own says to these prompts, and what it wrote meanwhile."""
+    job = {"directory": str(folder / "fused"), "options": options, "prompts": prompts, "max_tokens": 24}
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CACHE_ROOT": str(folder / "compiled"),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # one node of memory may hold two processes then
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of functions that tests send to the workers
+        "VLLM_LOGGING_LEVEL": "INFO",
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "separately.py")],
+        input=json.dumps(job), capture_output=True, text=True, env=environment, timeout=timeout, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    assert said, done.stderr[-3000:]
+    return json.loads(said[0].removeprefix(MARK)), done.stdout + done.stderr
+
+
+def check(members, found, wanted):
+    assert [until_end(members[1], ids) for ids in found["tokens"]] == wanted
+
+
+@pytest.mark.slow
+def test_compiled_in_a_process_of_its_own_and_again_from_the_compiled_code(members, wanted):
+    prompts, tokens = wanted
+    for is_again in (False, True):
+        found, log = started(members[0], prompts)
+        check(members, found, tokens)
+        # A base and an adapter on it must not take each other's code.
+        assert log.count("Directly load AOT compilation") == (3 if is_again else 0)
+        assert log.count("saved AOT compiled function") == (0 if is_again else 3)
+        assert "load failure" not in log
+
+
+@pytest.mark.slow
+def test_members_shared_by_two_processes_with_an_adapter_drafting(members, wanted):
+    prompts, tokens = wanted
+    drafting = speculative_config(members[0] / "fused", "facts", tokens=2)
+    options = {"tensor_parallel_size": 2, "enforce_eager": True, "speculative_config": drafting}
+    found, _ = started(members[0], prompts, **options)
+    check(members, found, tokens)
+    # Where only the first process gathers logits, the second one gets none, and does not wait for ever.
+    assert found["gathered"] == [[2, tiny.VOCAB], None]
