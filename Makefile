@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test venv-vllm test-vllm lint format docs results bench bench-full zoo browser clean help
+.PHONY: demo test venv-vllm test-vllm soak bench-serving lint format docs results bench bench-full zoo browser clean help
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -31,6 +31,12 @@ venv-vllm: .venv-vllm/.installed  ## the environment of the vLLM plug-in, .venv-
 
 test-vllm: .venv-vllm/.installed browser  ## fused directories in vLLM against the transformers engine, and served (some minutes)
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default tests/serving
+
+SOAK_SECONDS ?= 600
+soak: .venv-vllm/.installed  ## the server among random clients, then under attack, each for ten minutes (SOAK_SECONDS)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m bench.soak --seconds $(SOAK_SECONDS)
+	$(VLLM_BIN)/python -m bench.serving_page
+	OMP_NUM_THREADS=1 TRIMTAB_FUZZ_SECONDS=$(SOAK_SECONDS) $(VLLM_BIN)/python -m pytest -W default tests/serving/http/test_fuzz.py
 
 demo: .venv/.installed  ## steer the zoo's strong model with small experts: tables, a plot and a page in reports/demo
 	$(BIN)/trimtab demo --output reports/demo --force
@@ -62,6 +68,10 @@ bench: .venv/.installed  ## measure speed and memory side by side, the quick for
 bench-full: .venv/.installed  ## the long forms on a quiet machine, then docs/performance.md (about an hour)
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench report --readme README.md
+
+bench-serving: .venv-vllm/.installed  ## the served model under load on a quiet machine, then its section of docs/serving.md (ten minutes)
+	$(VLLM_BIN)/python -m bench serving
+	$(VLLM_BIN)/python -m bench.serving_page
 
 zoo: .venv/.installed  ## make the embedded worlds and models again from seeds into runs/zoo (about an hour)
 	$(BIN)/trimtab zoo build --output runs/zoo

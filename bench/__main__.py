@@ -15,6 +15,7 @@ from bench.harness import Options
 from trimtab.core.errors import InputError, TrimtabError
 
 BENCHES = ("decode", "solve", "memory", "onepass")
+IN_VLLM = ("serving",)  # in the environment of the vLLM plug-in; not part of `all`
 EXAMPLE = "python -m bench decode --quick"
 
 
@@ -35,15 +36,17 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(name: str, options: Options, as_json: bool = False) -> dict[str, Any]:
     """One bench from start to end; returns the document that it wrote."""
-    if name not in BENCHES or find_spec(f"bench.{name}") is None:
-        raise InputError(f"there is no bench '{name}'.", f"Known: {', '.join(BENCHES)}.", f"for example {EXAMPLE}.")
+    known = (*BENCHES, *IN_VLLM)
+    if name not in known or find_spec(f"bench.{name}") is None:
+        raise InputError(f"there is no bench '{name}'.", f"Known: {', '.join(known)}.", f"for example {EXAMPLE}.")
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()  # its remarks on settings would drown the progress
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    findings = import_module(f"bench.{name}").measure(options, _progress(name))
+    bench = import_module(f"bench.{name}")
+    findings = bench.measure(options, _progress(name))
     if not findings.cases:
         asked = f"no case of bench '{name}' is called '{options.only}', or none could be had."
         raise InputError(asked, findings.notes[-1] if findings.notes else "", "leave --only out, or change the sizes.")
@@ -52,7 +55,7 @@ def run(name: str, options: Options, as_json: bool = False) -> dict[str, Any]:
     label = f"{name}-{options.only}" if options.only else name
     file = harness.file_of(options.output, label, options.is_quick)
     harness.write_json(file, found)
-    harness.plot(findings, file.with_suffix(".png"))
+    getattr(bench, "plot", harness.plot)(findings, file.with_suffix(".png"))
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
@@ -85,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description=f"Measure alternatives side by side, as ratios. Example: {EXAMPLE}",
     )
-    parser.add_argument("name", choices=(*BENCHES, "all", "report"), help="which bench; report writes the page")
+    parser.add_argument(
+        "name", choices=(*BENCHES, *IN_VLLM, "all", "report"), help="which bench; report writes the page"
+    )
     parser.add_argument("--quick", dest="is_quick", action="store_true", help="a small form, under two minutes")
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the results")
     parser.add_argument("--threads", type=_count, help="threads of torch (default: one per core)")

@@ -1,7 +1,7 @@
 """docs/performance.md from the results: every figure on it comes out of their JSON."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def with_promises(readme: Path, folder: Path) -> str:
         )
     lines: list[str] = []
     for name, files in by_machine(folder).items():
-        lines += [f"{name}:", "", *_bars({bench: harness.read_json(file) for bench, file in files.items()})]
+        lines += [f"{name}:", "", *bar_rows({bench: harness.read_json(file) for bench, file in files.items()})]
     return "\n".join([before + start, "", *lines]).rstrip() + f"\n\n{end}{after}"
 
 
@@ -70,7 +70,7 @@ def by_machine(folder: Path) -> dict[str, dict[str, Path]]:
     found: dict[str, dict[str, Path]] = {}
     for file in sorted(folder.glob("*.json"), key=lambda file: (not file.stem.endswith("-quick"), file.stem)):
         document = harness.read_json(file)
-        if not document["only"]:
+        if not document["only"] and document["bench"] in ORDER:  # served benches stand on a page of their own
             found.setdefault(document["machine"]["name"], {})[document["bench"]] = file
     if not found:
         raise InputError(
@@ -90,15 +90,19 @@ def _machine(name: str, files: Mapping[str, Path], page: Path) -> Iterator[str]:
     yield ""
     yield f"{about['threads']} threads; Python {about['python']}, {versions}."
     yield ""
-    yield from _bars(documents)
+    yield from bar_rows(documents)
     for bench, document in documents.items():
-        yield from _bench(document, files[bench].with_suffix(".png"), page)
+        yield from bench_rows(document, files[bench].with_suffix(".png"), page)
 
 
-def _bars(documents: Mapping[str, Document]) -> Iterator[str]:
+def bar_rows(documents: Mapping[str, Document], bars: Sequence[Bar] = BARS) -> Iterator[str]:
+    """A table of what was promised and what was measured.
+
+    documents   bench -> what it found
+    """
     yield "| promised | ratio | measured | | where |"
     yield "|---|---|---|---|---|"
-    for bar in BARS:
+    for bar in bars:
         document = documents.get(bar.bench)
         worst = bar.worst(document) if document is not None else None
         if document is None or worst is None:
@@ -117,7 +121,11 @@ def _verdict(bar: Bar, ratio: harness.Spread) -> str:
     return "met" if bar.is_met(ratio) else "**missed**"
 
 
-def _bench(document: Document, picture: Path, page: Path) -> Iterator[str]:
+def bench_rows(document: Document, picture: Path, page: Path) -> Iterator[str]:
+    """A bench's section: how it was run, its picture, its cases.
+
+    page   where this is to stand
+    """
     form = "quick form" if document["is_quick"] else "long form"
     path = os.path.relpath(picture, page.parent)
     yield f"### {document['title']}"

