@@ -123,10 +123,11 @@ def test_samples_with_drawn_drafts_follow_the_fused_law_and_a_wrong_rule_is_seen
     prompt, known = laws
     judge, known_probs = rejection_sampler.rejection_sample, []
 
-    def judge_wrongly(ids, counts, longest, ends, draft_probs, *rest, **options):
-        """As if the drafter were sure of each token: one term of the rule left out."""
+    def judge_wrongly(ids, counts, longest, ends, draft_probs, logits, *rest, **options):
+        """As if the drafter's law were the fused one: every draft stands."""
         known_probs.append(draft_probs is not None)
-        return judge(ids, counts, longest, ends, None, *rest, **options)
+        wrong = logits if draft_probs is None else draft_probs.log()
+        return judge(ids, counts, longest, ends, draft_probs, wrong, *rest, **options)
 
     with drafted(tiny_fused, draft_sample_method="probabilistic") as llm:
         check_fused_law(drawn(llm, prompt), known)
