@@ -51,15 +51,22 @@ class SteeredEngine:
             asked = read_settings(getattr(sampling_params, "extra_args", None), self.strategy)
         except InputError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
-        if asked.trace is None:
-            return self._generate(prompt, sampling_params, request_id, *args, **kwargs)
-        params = sampling_params.clone()
-        params.extra_args = {**params.extra_args, "trace": TRACE_KEY + request_id}
+        if asked.trace is not None:
+            sampling_params = sampling_params.clone()
+            sampling_params.extra_args = {**sampling_params.extra_args, "trace": TRACE_KEY + request_id}
+        outputs = self._generate(prompt, sampling_params, request_id, *args, **kwargs)
+        if getattr(sampling_params, "structured_outputs", None) is not None:
+            outputs = _blame_grammar(outputs)
+        if asked.trace is not None:
+            is_new_only = sampling_params.output_kind == RequestOutputKind.DELTA
+            outputs = _watch(outputs, self._watched_anew(request_id), is_new_only)
+        return outputs
+
+    def _watched_anew(self, request_id: str) -> Watched:
         watched = self._watched[request_id] = Watched()
         while len(self._watched) > REQUESTS_KEPT:
             self._watched.popitem(last=False)
-        is_new_only = params.output_kind == RequestOutputKind.DELTA
-        return _watch(self._generate(prompt, params, request_id, *args, **kwargs), watched, is_new_only)
+        return watched
 
     async def trace(self, response_id: str, timeout: float) -> list[dict[str, Any]]:
         """The choices of a traced response so far: [{"request", "index", "tokens": [...]}]; empty if it is unknown.
@@ -93,6 +100,17 @@ def _is_part(request: str, response_id: str) -> bool:
     """Whether a request is one prompt of a response: its id, and the prompt's number."""
     head, _, number = request.rpartition("-")
     return head == response_id and number.isdigit()
+
+
+async def _blame_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Tells the client whose grammar allows no text; vLLM 0.32 would answer 500."""
+    async for output in outputs:
+        if any(choice.finish_reason == "error" for choice in output.outputs):
+            raise VLLMValidationError(
+                "the structured output cannot be met: its grammar allows no token here.",
+                parameter="structured_outputs",
+            )
+        yield output
 
 
 async def _watch(outputs: AsyncIterator[Any], watched: Watched, is_new_only: bool) -> AsyncIterator[Any]:
