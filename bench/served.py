@@ -31,8 +31,8 @@ DRAFTED, ACCEPTED = "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode
 class Cores:
     """Who computes where, so that clients do not take the engine's time.
 
-    engine   cores of the engine's threads
-    others   cores of the HTTP server and the clients; the engine's too where the machine has no more
+    engine   cores of the threads that run the model
+    others   cores of HTTP, vLLM's scheduler and the clients; the engine's too where the machine has no more
     """
 
     engine: tuple[int, ...]

@@ -8,7 +8,8 @@
     ours                         `trimtab serve` of the fused directory
     ours, the expert drafts      the same with `--speculate`
 
-Servers run one after the other, each alone, the engine's threads on the same cores and HTTP and clients on the others.
+Servers run one after the other, each alone, the model's threads on the same cores; vLLM's scheduler, HTTP and clients
+on the others.
 Requests arrive at rising rates (see `traffic`), the rates being shares of what the strong model can do at most; then so
 many at a time as the server runs together, which is its saturation. Every seed draws other prompts, the same for all.
 """

@@ -42,7 +42,7 @@ def _machine(document: Mapping[str, Any]) -> str:
     engine, others = (len(told["cores"][who]) for who in ("engine", "others"))
     return (
         f"{about['name']}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {engine} for the "
-        f"engine's threads, {others} for HTTP and clients; {versions}."
+        f"model's threads, {others} for vLLM's scheduler, HTTP and clients; {versions}."
     )
 
 

@@ -180,7 +180,8 @@ class Visitor:
     async def chat(self) -> int:
         """A chat's turn."""
         body = body_of(self.draw, self.prompts)
-        chosen = {name: body[name] for name in ("model", "max_tokens", "temperature", "n", "stop") if name in body}
+        chosen = {name: body[name] for name in ("model", "temperature", "n", "stop") if name in body}
+        chosen["max_tokens"] = min(body["max_tokens"], 40)  # the template takes some of the context
         message = {"role": "user", "content": self.draw.choice(self.prompts)}
         return await self._answered("/v1/chat/completions", chosen | {"messages": [message]})
 
@@ -201,7 +202,7 @@ class Visitor:
 
     async def cancelled(self) -> int:
         """Gives up on an answer after a moment."""
-        body = body_of(self.draw, self.prompts) | {"max_tokens": 150, "ignore_eos": True}
+        body = body_of(self.draw, self.prompts) | {"max_tokens": 100, "ignore_eos": True}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.draw.uniform(0.01, 1.0)):
                 await self.client.post("/v1/completions", json=body)
@@ -209,7 +210,7 @@ class Visitor:
 
     async def left(self) -> int:
         """Leaves a stream after a few pieces."""
-        body = body_of(self.draw, self.prompts) | {"max_tokens": 150, "ignore_eos": True, "stream": True}
+        body = body_of(self.draw, self.prompts) | {"max_tokens": 100, "ignore_eos": True, "stream": True}
         pieces = self.draw.randint(1, 20)
         async with self.client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
