@@ -180,7 +180,7 @@ class Visitor:
     async def chat(self) -> int:
         """A chat's turn."""
         body = body_of(self.draw, self.prompts)
-        chosen = {name: body[name] for name in ("model", "temperature", "n", "stop") if name in body}
+        chosen: dict[str, Any] = {name: body[name] for name in ("model", "temperature", "n", "stop") if name in body}
         chosen["max_tokens"] = min(body["max_tokens"], 40)  # the template takes some of the context
         message = {"role": "user", "content": self.draw.choice(self.prompts)}
         return await self._answered("/v1/chat/completions", chosen | {"messages": [message]})
