@@ -30,6 +30,7 @@ from trimtab.logits.prompts import OwnPrompts, PromptForm
 from trimtab.logits.reading import Reader, kept_after_prompt
 from trimtab.logits.speculation.plan import Plan
 from trimtab.logits.strategy import Strategy, make_strategy, strategy_from_dict
+from trimtab.logits.streams import Streams
 from trimtab.logits.trace import Trace, TraceStep, trace_steps
 
 NOT_OFFERED = ("inputs_embeds", "output_attentions", "output_hidden_states")
@@ -219,8 +220,23 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     @one_pass.setter
     def one_pass(self, one_pass: OnePass) -> None:
+        is_on = self.streams
         self.reader = Reader(self.members, self.forms, self.config.vocab_size, one_pass)
+        self.streams = is_on
         self.config.one_pass, self._meter = one_pass, None
+
+    @property
+    def streams(self) -> bool:
+        """Whether lanes that share an accelerator are read on streams of their own; it can be set, and is not saved.
+
+        Token by token only: drafts are timed lane by lane. False by default, since no device has been measured yet.
+        Raises BadSetting where no accelerator reads several members.
+        """
+        return self.reader.streams.is_on
+
+    @streams.setter
+    def streams(self, is_on: bool) -> None:
+        self.reader.streams = Streams(self.reader.lanes, is_on)
 
     def _set_plan(self, plan: Plan) -> None:
         self._plan = plan.check(self.expert_names)

@@ -23,7 +23,7 @@ from trimtab.logits.stacking import Stack
 
 OnePass = bool | str  # True, False, "auto"
 CHOICES: tuple[OnePass, ...] = ("auto", True, False)
-# Stacking saves the start of each operation and costs nothing in bytes read: measured in docs/performance.md (`python -m bench onepass`).
+# Stacking saves the start of each operation and no byte that is read: measured by `python -m bench onepass`.
 STACKING_PAYS_BYTES = 2**24  # parameters of one member
 # The joint logits of a probe may differ from the separate ones by so much of the largest.
 MOST_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-6}

@@ -15,6 +15,7 @@ from trimtab.logits.lanes import Feed, Lane, OneModel
 from trimtab.logits.members import Member, Members
 from trimtab.logits.one_pass import LanePlan, OnePass
 from trimtab.logits.prompts import OwnPrompts, PromptForm, positions_of
+from trimtab.logits.streams import Streams
 
 # Numbers that one chunk of rows may hold in each of a strategy's temporaries: 2^22 doubles are 32 MiB.
 CHUNK_NUMBERS = 2**22
@@ -69,6 +70,7 @@ class Reader:
         self.runs = list(runs.values())
         self.run_of = [list(runs).index(key) for key in keys]
         self.lanes = LanePlan(self.runs, one_pass).lanes()
+        self.streams = Streams(self.lanes, is_on=False)
 
     @property
     def chunk_rows(self) -> int:
@@ -110,9 +112,12 @@ class Reader:
         """Every run's logits, [batch, kept, rows of that member] each, on that member's device."""
         feeds = self.feeds(input_ids, attention_mask, position_ids, cache, own)
         logits: dict[int, Tensor] = {}
-        for lane, view in zip(self.lanes, cache.views if cache is not None else [None] * len(self.lanes), strict=True):
-            found = lane.read([feeds[run] for run in lane.runs], view, logits_to_keep)
-            logits.update(zip(lane.runs, found, strict=True))
+        views = cache.views if cache is not None else [None] * len(self.lanes)
+        with self.streams.forked():
+            for place, (lane, view) in enumerate(zip(self.lanes, views, strict=True)):
+                with self.streams.of(place):
+                    found = lane.read([feeds[run] for run in lane.runs], view, logits_to_keep)
+                logits.update(zip(lane.runs, found, strict=True))
         return [logits[run] for run in range(len(self.runs))]
 
     def feeds(
