@@ -9,19 +9,8 @@ import sys
 MARK = "TOKENS "
 
 
-def without_gather(model):
-    """Whether this process gets no logits when only the first one gathers them; every process runs this."""
-    import torch
-
-    for body in model.bodies:
-        body.logits_processor.use_all_gather = False
-    found = model.compute_logits(torch.zeros(2, sum(model.widths)))
-    for body in model.bodies:
-        body.logits_processor.use_all_gather = True
-    return None if found is None else list(found.shape)
-
-
 def main():
+    from gathering import without_gather
     from vllm import LLM, SamplingParams
 
     job = json.load(sys.stdin)
