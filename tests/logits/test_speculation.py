@@ -257,6 +257,23 @@ def test_nobody_is_asked_about_positions_behind_an_end(fused):
     assert fused.last_speculation.accepted > 0
 
 
+def test_nobody_reads_beyond_an_end_that_was_drafted():
+    """What may come is one text of four tokens: the first is the prompt's, a draft of the others ends with its end."""
+    model = fuse(one_pass=False)
+    tree = {(): [10], (10,): [11], (10, 11): [12], (10, 11, 12): [1]}
+    width = model.encode("Q: and now")["input_ids"].shape[1]
+    allowed = {"prefix_allowed_tokens_fn": lambda row, ids: tree[tuple(ids.tolist()[width:])]}
+    _, ids = new_tokens(model, "Q: and now", speculate=6, speculate_draft="math", **allowed)
+    assert ids.tolist() == [[10, 11, 12, 1]]
+    assert model.last_speculation.calls == {"math": 3, "strong": 1, "base": 1, "facts": 1}
+
+
+def test_the_first_drafter_is_who_weighed_most_behind_the_prompt():
+    model = fuse(strategy={"amount": "dynamic", "chooser": "only", "settings": {"expert": "facts"}})
+    new_tokens(model, MANY[0], speculate=3)
+    assert set(model.last_speculation.drafters) == {"facts"}
+
+
 def test_what_is_looked_up_ends_where_a_text_would(fused):
     prompt = torch.tensor([[5, 6, 7, 1, 8, 9, 10, 11, 12]])
     tree = {(): [5], (5,): [6], (5, 6): [7], (5, 6, 7): [1]}

@@ -110,9 +110,17 @@ class SpeculativeDecoder:
         self._is_careful = False  # the next round reads one token alone
         self.report = report
 
-    def begin(self, log_probs: Float[Tensor, "row vocab"]) -> None:
-        """Draws the first token of every row from the fused law behind the prompt."""
-        law = log_probs.unsqueeze(1)
+    def begin(self, logits: Sequence[Float[Tensor, "row 1 _"]]) -> None:
+        """Draws the first token of every row from the fused law behind the prompt.
+
+        logits    [row, 1, tokens of that run] of every run
+        raises    BrokenLaw where one of them makes no law
+        """
+        law, weights, broken = self._fuse(logits)
+        if broken:
+            row, _, run = broken[0]
+            raise BrokenLaw(self._reader.runs[run].name, row, len(self._rows.texts[row]) - 1)
+        self._lately = weights.mean(dim=(1, 2)).cpu()  # who drafts first
         scores = self._scorer(law, self._rows.current, self._rows.active)
         tokens = draw(scores[:, 0], self._do_sample).tolist()
         pairs = [[(scores[row, 0], law[row, 0])] for row in range(len(tokens))]
@@ -147,17 +155,20 @@ class SpeculativeDecoder:
         target = self._target(logits, draft.width + (not serial), texts, draft)
         stood = self._judge(draft, target)
         is_whole = stood == draft.lengths
-        if serial and bool((stood == draft.width).any()):
+        counts = stood.tolist()
+        is_over = [bool(n) and row[n - 1] in self._rows.ends for row, n in zip(draft.ids.tolist(), counts, strict=True)]
+        if serial and any(n == draft.width and not over for n, over in zip(counts, is_over, strict=True)):
             self._read(serial, draft.ids[:, -1:], read, logits)
             target = self._with_bonus(target, logits, texts, replace(draft, lengths=stood))
         tokens = self._next_tokens(draft, target, stood, is_whole)
         self._learn(drafter, draft, target, stood)
-        counts = stood.tolist()
-        stuck = {row: target.broken[row, n] for row, n in enumerate(counts) if (row, n) in target.broken}
+        stuck = {
+            row: target.broken[row, n] for row, n in enumerate(counts) if (row, n) in target.broken and not is_over[row]
+        }
         # A NaN reaches positions before it in a forward, too: attention weighs it with 0 there, which is NaN again. So
         # the text goes on without a draft, behind what stood before such a position; or ends, if it is its own NaN.
         self._is_careful = bool(stuck) and draft.width > 0
-        behind = [[] if row in stuck else [tokens[row]] for row in range(len(counts))]
+        behind = [[] if row in stuck or is_over[row] else [tokens[row]] for row in range(len(counts))]
         new = [[*draft.ids[row, :n].tolist(), *behind[row]] for row, n in enumerate(counts)]
         self._commit(new, self._pairs(target, new), read, {} if self._is_careful else stuck)
 
@@ -216,6 +227,8 @@ class SpeculativeDecoder:
             tokens = draw(scores[-1], self._do_sample)
             reach = self._scorer.reach(reach, behind, tokens, drafted)
             ids = torch.cat([ids, tokens.unsqueeze(-1)], dim=-1)
+            if all(self._rows.ends.intersection(row) for row in ids.tolist()):
+                break  # every text would be over
         return Draft(ids, last.new_tensor(self._until_ends(ids)), torch.stack(scores, dim=1))
 
     def _until_ends(self, ids: Tensor) -> list[int]:
@@ -294,8 +307,8 @@ class SpeculativeDecoder:
         return accepted(stands, draft.lengths)
 
     def _next_tokens(self, draft: Draft, target: Target, stood: Tensor, is_whole: Tensor) -> list[int]:
-        """The token behind the accepted ones: in place of the rejected one, or the bonus."""
-        scores = target.at(stood)
+        """The token behind the accepted ones: in place of the rejected one, or the bonus; any where a text is over."""
+        scores = target.at(stood.clamp_max(target.scores.shape[1] - 1))
         if self._do_sample and not bool(is_whole.all()):
             at = stood.clamp_max(draft.width - 1)
             rows = torch.arange(len(at), device=at.device)

@@ -142,7 +142,7 @@ def _decoder(
         new.new_ones((new.shape[0], feed.width)) if feed.attention_mask is None else feed.attention_mask.long()
         for feed in feeds
     ]
-    output = model(new, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    logits = reader.logits(new, mask, None, cache, cache.own, logits_to_keep=1)
     # Only now: the prompt is never taken back, so that sliding layers need not keep all of it.
     cache.activate_past_recording()
     decoder = SpeculativeDecoder(
@@ -159,7 +159,7 @@ def _decoder(
         bool(task.config.do_sample),
         model.config.vocab_size,
     )
-    decoder.begin(output.logits[:, -1])
+    decoder.begin(logits)
     return decoder
 
 
