@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test venv-vllm test-vllm soak bench-serving lint format docs results bench bench-full zoo browser clean help
+.PHONY: demo test test-thorough venv-vllm test-vllm soak bench-serving lint format docs results bench bench-full zoo browser clean help
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -43,6 +43,9 @@ demo: .venv/.installed  ## steer the zoo's strong model with small experts: tabl
 
 test: .venv/.installed browser  ## the whole test suite, about five minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-thorough: .venv/.installed  ## what `make test` leaves out: laws by larger samples, and mistakes that must be seen
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'thorough and not gpu'
 
 lint: .venv/.installed  ## format check, lint and strict types
 	$(BIN)/ruff check .

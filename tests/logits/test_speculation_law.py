@@ -120,6 +120,7 @@ def test_sampling_follows_the_fused_law(members, strategy, batch, texts):
     assert case.p_of_texts(case.sample(batch, texts, STEPS)) > LEAST_P
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=label)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_every_token_of_a_long_text_follows_its_law(members, strategy, batch):
@@ -127,7 +128,7 @@ def test_every_token_of_a_long_text_follows_its_law(members, strategy, batch):
 
     A token of a long text tells as much as a short text drawn anew: behind whatever stands before it, its place in its
     own law is uniform and independent of all places before. In the orders of `text_laws` a bonus from the strong model
-    and a replacement from the fused law are seen with fewer tokens than that (test_speculation_mutants.py). 2,000
+    and a replacement from the fused law are seen with fewer tokens than that (test_speculation_settings.py). 2,000
     calls of `generate` for short texts would take 20 s a strategy.
     """
     case = case_of(members, strategy)
