@@ -71,7 +71,7 @@ def finished(journal: Path) -> dict[str, str]:
     return {row["id"]: row["value"]["id"] for row in map(json.loads, lines)}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_kill_at_random_moments_and_resume_leaves_a_complete_output_and_computes_nothing_twice(fused_dir, tmp_path):
     rows = rows_of(60)
     source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"

@@ -35,7 +35,7 @@ def decoded():
     return decode.run(points, Stock(), Options(repeats=2), quiet)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_decode_measures_all_arms_on_the_same_work(decoded):
     centre, step, lora_step, small_part, batch = decoded.cases
     fixed = f"{decode.SPECULATED}, 3 drafted"

@@ -56,7 +56,10 @@ def test_greedy_text_is_that_without_drafts_whoever_drafts(fused, draft, length)
         assert set(report.drafters) == {draft}
 
 
-@pytest.mark.parametrize("task", ["facts", "arithmetic", "summary", "truth"])
+LONG_ANSWERS = [pytest.param(task, marks=pytest.mark.thorough) for task in ("arithmetic", "summary")]
+
+
+@pytest.mark.parametrize("task", ["facts", "truth", *LONG_ANSWERS])
 def test_greedy_text_on_the_zoo(task):
     model = FusedCausalLM.from_members("zoo:strong", "zoo:small", {task: f"zoo:small/{task}"}, tokenizer=None)
     items = [*load_items(task, "validation", limit=240), *load_items(task, "test", limit=90)]
