@@ -15,6 +15,7 @@ from trimtab.zoo.store import check_files
 from trimtab.zoo.tasks import read_items
 from trimtab.zoo.training import Recipe, Size, make_model, pretrain
 
+pytestmark = pytest.mark.thorough  # a build trains models
 PLAN = replace(QUICK_PLAN, tokens=60_000)
 
 
@@ -36,7 +37,6 @@ def in_use(quick_zoo, monkeypatch):
     return quick_zoo
 
 
-@pytest.mark.slow
 def test_every_member_opens(in_use):
     for name in zoo.names():
         path = zoo.resolve(f"zoo:{name}")
@@ -48,7 +48,6 @@ def test_every_member_opens(in_use):
     assert {"small", "medium", "strong", "small/facts", "small/facts-lora", "strong/mixed"} <= set(zoo.names())
 
 
-@pytest.mark.slow
 def test_a_finished_build_makes_nothing_again(quick_zoo):
     made = []
 
@@ -64,7 +63,6 @@ def test_a_finished_build_makes_nothing_again(quick_zoo):
     assert json.loads((quick_zoo / "manifest.json").read_text()) == before
 
 
-@pytest.mark.slow
 def test_another_recipe_is_made_anew(quick_zoo, tmp_path):
     made = []
 
@@ -82,7 +80,6 @@ def test_another_recipe_is_made_anew(quick_zoo, tmp_path):
     assert made == ["corpus", "strong/facts", "medium/facts", "small/facts", "small/facts-lora"]
 
 
-@pytest.mark.slow
 def test_damage_is_found(quick_zoo, tmp_path):
     import shutil
 
@@ -96,7 +93,6 @@ def test_damage_is_found(quick_zoo, tmp_path):
     assert damaged == {"models/small/base/model.safetensors", "items/facts-test.jsonl"}
 
 
-@pytest.mark.slow
 def test_items_and_unknown_names(in_use):
     items = zoo.load_items("facts", "test")
     assert items == read_items(zoo.items_path("facts", "test"))
