@@ -201,12 +201,17 @@ def file_of(folder: Path, name: str, is_quick: bool, ending: str = "json") -> Pa
     return folder / f"{name}{'-quick' if is_quick else ''}.{ending}"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_text(path: Path, text: str) -> None:
     """Written beside and then renamed, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As text, see `write_text`; raises ValueError for numbers that JSON has no word for."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -266,7 +271,6 @@ INK, SOFT, LINE, OURS, THEIRS = "#1d2329", "#5d6873", "#e3e0d8", "#e08a14", "#9a
 
 def plot(findings: Findings, file: Path) -> None:
     """Ratios to the reference, one panel of bars per case, with quartiles."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     cases = [case for case in findings.cases if case.reference in case.runs]
@@ -281,6 +285,13 @@ def plot(findings: Findings, file: Path) -> None:
         panel.set_visible(True)
         _bars(panel, case)
     figure.suptitle(findings.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    save_figure(figure, file)
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """A matplotlib figure as PNG, written beside and then renamed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure)
     beside = file.with_suffix(".tmp")
     figure.savefig(beside, dpi=110, format="png")

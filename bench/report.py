@@ -1,7 +1,7 @@
 """docs/performance.md from the results: every figure on it comes out of their JSON."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from bench import harness
 from bench.bars import BARS, Bar
 from bench.harness import Case, figures, listed, ratios, spread
 from trimtab.core.errors import InputError
+from trimtab.measure.results import replace_between_markers
 
 ORDER = ("decode", "solve", "memory", "onepass")
 START, END = "<!-- speed:start -->", "<!-- speed:end -->"
@@ -23,11 +24,8 @@ def write(folder: Path, page: Path, readme: Path | None = None) -> None:
     texts = {page: markdown(folder, page)}
     if readme is not None:
         texts[readme] = with_promises(readme, folder)
-    page.parent.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
-        beside = file.with_suffix(".tmp")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
+        harness.write_text(file, text)
 
 
 def with_promises(readme: Path, folder: Path) -> str:
@@ -35,18 +33,27 @@ def with_promises(readme: Path, folder: Path) -> str:
 
     raises    InputError where it has no marks to put them between
     """
-    before, start, rest = readme.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise InputError(
-            f"{readme} has no place for the measured speed.",
-            f"The table stands between the lines {START} and {END}.",
-            "put both lines where it should be.",
-        )
     lines: list[str] = []
     for name, files in by_machine(folder).items():
         lines += [f"{name}:", "", *bar_rows({bench: harness.read_json(file) for bench, file in files.items()})]
-    return "\n".join([before + start, "", *lines]).rstrip() + f"\n\n{end}{after}"
+    return renewed(readme, lines, START, END, "the measured speed")
+
+
+def renewed(page: Path, lines: Iterable[str], start: str, end: str, what: str) -> str:
+    """A page with these lines between two of its own.
+
+    what      what they hold, for the message
+    raises    InputError where the page does not have both marks once each
+    """
+    try:
+        content = "\n".join(["", *lines]).rstrip() + "\n"
+        return replace_between_markers(page.read_text(encoding="utf-8"), content, start, end)
+    except ValueError as error:
+        raise InputError(
+            f"{page} has no place for {what}.",
+            f"It stands between the lines {start} and {end}, once each.",
+            "put both where it should be.",
+        ) from error
 
 
 def markdown(folder: Path, page: Path) -> str:

@@ -291,7 +291,6 @@ TAILS = {"ttft_ms": "ttft_p95_ms", "itl_mean_ms": "itl_p95_ms"}
 
 def plot(findings: Findings, file: Path) -> None:
     """Throughput and waiting times over the rate of arrival, saturation at the right end; bars for a single point."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
@@ -314,10 +313,7 @@ def plot(findings: Findings, file: Path) -> None:
         panel.set_xlabel("requests a second", fontsize=8, color=SOFT)
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(findings.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    FigureCanvasAgg(figure)
-    beside = file.with_suffix(".tmp")
-    figure.savefig(beside, dpi=110, format="png")
-    beside.replace(file)
+    harness.save_figure(figure, file)
 
 
 def _lines(panel: Any, cases: Sequence[Case], name: str) -> None:

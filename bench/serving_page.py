@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.report import bar_rows, bench_rows
+from bench.report import bar_rows, bench_rows, renewed
 from bench.serving import BARS
 from trimtab.core.errors import InputError, TrimtabError
 
@@ -73,15 +73,7 @@ def _soak(found: Mapping[str, Any]) -> Iterator[str]:
 
 def with_section(page: Path, folder: Path) -> str:
     """The page with its section made anew; raises InputError where it has no marks to put it between."""
-    before, start, rest = page.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise InputError(
-            f"{page} has no place for what was measured under load.",
-            f"It stands between the lines {START} and {END}.",
-            "put both lines where it should be.",
-        )
-    return "\n".join([before + start, "", *section(folder, page)]).rstrip() + f"\n\n{end}{after}"
+    return renewed(page, section(folder, page), START, END, "what was measured under load")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -93,13 +85,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="the page that holds the section")
     asked = parser.parse_args(words)
     try:
-        text = with_section(asked.page, asked.output)
+        harness.write_text(asked.page, with_section(asked.page, asked.output))
     except TrimtabError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    beside = asked.page.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(asked.page)
     return 0
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 import tiny
+from on_disk import save_adapter, save_models
 from trimtab import FusedCausalLM
 from trimtab.core.errors import (
     BadSetting,
@@ -39,16 +39,8 @@ def folder(tmp_path_factory):
     """strong, base, math, an adapter of the base, and a fused directory of them."""
     folder = tmp_path_factory.mktemp("served")
     base = tiny.make(seed=1)
-    models = {"strong": tiny.make(seed=0, width=48, layers=3), "base": base, "math": tiny.tuned(base, 10)}
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        tiny.make_tokenizer().save_pretrained(folder / name)
-    bare = tiny.make(seed=1)
-    bare.name_or_path = str(folder / "base")
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        adapter = get_peft_model(bare, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, bias="none"))
-    adapter.save_pretrained(folder / "adapter")
+    save_models(folder, strong=tiny.make(seed=0, width=48, layers=3), base=base, math=tiny.tuned(base, 10))
+    save_adapter(folder)
     save(folder, {"math": "math", "facts": "adapter"}, "fused")
     return folder
 

@@ -118,7 +118,7 @@ def test_an_engine_fuses_counts_and_keeps(monkeypatch) -> None:
     assert steps[0]["alpha"] == pytest.approx(dict(zip(NAMES, expected.alpha[:, 0].tolist(), strict=True)))
     assert len(steering.traces.steps("b", 7)) == 1
     # Some rows at a time it is the same.
-    monkeypatch.setattr("trimtab.serving.steering.CHUNK_NUMBERS", VOCAB * 4 * 2)
+    monkeypatch.setattr("trimtab.serving.rows.CHUNK_NUMBERS", VOCAB * 4 * 2)
     pieces = steering_of(owners)
     same(pieces.fuse(logits, torch.zeros(ROWS, 1)), whole)
     assert pieces.tally.to_dict()["alpha"]["math"]["buckets"] == tally["alpha"]["math"]["buckets"]

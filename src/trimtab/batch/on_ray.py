@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from math import ceil
 from typing import Any
 
 from trimtab.batch.rows import BrokenWorker, Finished, MakeWorker, Outcome, Row, RowError, answered, as_json, batches
+from trimtab.core.aside import stderr_aside
 from trimtab.core.errors import InputError, TrimtabError
 
 TRIES = 2  # of a batch, and again of each of its rows alone
@@ -200,7 +200,7 @@ def _ray(asked: OnRay) -> Iterator[None]:
 def _start(ray: Any, asked: OnRay) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        with _greeting_aside():
+        with stderr_aside():  # Ray's native code says there that its log level was set
             if asked.address:
                 ray.init(address=asked.address, **quiet)
             else:
@@ -213,23 +213,6 @@ def _start(ray: Any, asked: OnRay) -> None:
             f"{where}: {_last_line(error)}",
             fix="check --address." if asked.address else "run with --workers 0, or see /tmp/ray/session_latest/logs.",
         ) from error
-
-
-@contextlib.contextmanager
-def _greeting_aside() -> Iterator[None]:
-    """Ray's native code says on stderr that its log level was set; a failure lets it all out."""
-    with tempfile.TemporaryFile() as aside:
-        usual = os.dup(2)
-        os.dup2(aside.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            aside.seek(0)
-            os.write(usual, aside.read())
-            raise
-        finally:
-            os.dup2(usual, 2)
-            os.close(usual)
 
 
 def _last_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli import options, output
+from trimtab.core.aside import stderr_aside
 from trimtab.core.errors import InputError, unknown_name
 
 EXAMPLE = "trimtab eval --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts --tasks facts --limit 20"
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     prepare_harness(args.debug)
     fused = options.open_fused(args)
     is_talking = args.debug or sys.stderr.isatty()
-    aside = contextlib.nullcontext() if is_talking else output.stderr_aside()
+    aside = contextlib.nullcontext() if is_talking else stderr_aside()
     with tempfile.TemporaryDirectory(prefix="trimtab-eval-") as folder_name, aside:
         found = evaluate(fused, names, Path(folder_name), args.limit, args.seed, args.batch_size)
     settings = {"tasks": names, "limit": args.limit, "strategy": fused.strategy.to_dict()}

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,26 +58,6 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("", total=None)
         yield lambda text, done, total: bars.update(bar, description=text, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def stderr_aside() -> Iterator[None]:
-    """Keeps what a talkative library and its children write from stderr; an error lets it out."""
-    with tempfile.TemporaryFile() as aside, open(aside.fileno(), "w", encoding="utf-8", closefd=False) as words:
-        sys.stderr.flush()
-        usual = os.dup(2)
-        os.dup2(aside.fileno(), 2)
-        try:
-            with contextlib.redirect_stderr(words):
-                yield
-        except BaseException:
-            words.flush()
-            aside.seek(0)
-            os.write(usual, aside.read())
-            raise
-        finally:
-            os.dup2(usual, 2)
-            os.close(usual)
 
 
 def claim_file(path: Path, force: bool) -> Path:

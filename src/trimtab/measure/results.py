@@ -187,9 +187,9 @@ def _average_cell(document: Document, table: str, column: str | None) -> str:
     return pages.number(document["average"].get(table, {}).get(column), 1) + between + name
 
 
-def replace_between_markers(text: str, content: str) -> str:
-    """The text with `content` between the two results markers; raises ValueError where they are not there once each."""
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"expected {START} and then {END}, once each")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{content}\n{END}{rest.split(END)[1]}"
+def replace_between_markers(text: str, content: str, start: str = START, end: str = END) -> str:
+    """The text with `content` between two markers; raises ValueError where they are not there once each."""
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"expected {start} and then {end}, once each")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"

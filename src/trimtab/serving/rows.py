@@ -1,7 +1,7 @@
 """Members' logits in, fused log-probabilities out: what an engine asks for at each step. The strategies are those of
 the transformers engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -27,12 +27,7 @@ def fuse_rows(
     Nothing here waits for the device: no value of a tensor decides what is run.
     """
 
-    def fuse(laws: Sequence[Tensor]) -> Tensor:
-        strong, base, *experts = laws
-        stacked = torch.stack(experts) if experts else strong.new_empty((0, *strong.shape))
-        return strategy(strong, base, stacked).log_probs
-
-    return _by_rows(logits, body_of, fuse, vocab_size)
+    return _by_rows(logits, body_of, lambda laws: strategy(*parted(laws)).log_probs, vocab_size)
 
 
 def draft_rows(
@@ -47,17 +42,23 @@ def draft_rows(
 
 def _by_rows(logits: Sequence[Tensor], body_of: Sequence[int], law: Law, vocab_size: int) -> Tensor:
     """What `law` makes of the members' log-probabilities, some rows at a time: temporaries stay small."""
+    made = [law(laws) for _, laws in laws_of(logits, body_of, vocab_size)]
+    return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def laws_of(
+    logits: Sequence[Tensor], body_of: Sequence[int], vocab_size: int
+) -> Iterator[tuple[slice, list[Float[Tensor, "piece vocab"]]]]:
+    """Members' log-probabilities from bodies' logits, some rows at a time; arguments as in `fuse_rows`."""
     rows = logits[0].shape[0]
     at_once = max(1, CHUNK_NUMBERS // (vocab_size * len(body_of)))
-    if rows <= at_once:
-        return law(_laws(logits, body_of, vocab_size))
-    made = torch.empty((rows, vocab_size), device=logits[0].device)
-    for start in range(0, rows, at_once):
-        piece = slice(start, start + at_once)
-        made[piece] = law(_laws([scores[piece] for scores in logits], body_of, vocab_size))
-    return made
+    for start in range(0, max(rows, 1), at_once):
+        piece = slice(start, min(start + at_once, rows))
+        laws = [scores[piece, :vocab_size].float().log_softmax(dim=-1) for scores in logits]
+        yield piece, [laws[body] for body in body_of]
 
 
-def _laws(logits: Sequence[Tensor], body_of: Sequence[int], vocab_size: int) -> list[Tensor]:
-    laws = [scores[:, :vocab_size].float().log_softmax(dim=-1) for scores in logits]
-    return [laws[body] for body in body_of]
+def parted(laws: Sequence[Float[Tensor, "row vocab"]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The laws of strong, base and experts as strategies take them: the experts' stacked, [expert, row, vocab]."""
+    strong, base, *experts = laws
+    return strong, base, torch.stack(experts) if experts else strong.new_empty((0, *strong.shape))

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimtab.core.divergence import kl_nats
-from trimtab.logits.reading import CHUNK_NUMBERS
 from trimtab.logits.strategy import Fusion, Strategy
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
+from trimtab.serving.rows import laws_of, parted
 from trimtab.serving.tally import Tally
 from trimtab.serving.traces import TraceBook
 
@@ -66,17 +66,10 @@ class Steering:
         logits          [row, tokens of that body] of each body, the strong one first
         hidden_states   [row, width], what the logits were computed from: it tells whose rows they are
         """
-        rows, plan = logits[0].shape[0], self.plan
-        owners = self.owners.of(hidden_states)
-        at_once = max(1, CHUNK_NUMBERS // (plan.vocab_size * len(plan.body_of)))
-        fused = []
-        for start in range(0, rows, at_once):
-            piece = slice(start, min(start + at_once, rows))
-            laws = [scores[piece, : plan.vocab_size].float().log_softmax(dim=-1) for scores in logits]
-            strong, base, *experts = (laws[body] for body in plan.body_of)
-            stacked = torch.stack(experts) if experts else strong.new_empty((0, *strong.shape))
-            settings = [NOTHING_SET] * len(strong) if owners is None else owners.settings[piece]
-            fusion = fuse_each(strong, base, stacked, settings, plan.strategy)
+        plan, owners, fused = self.plan, self.owners.of(hidden_states), []
+        for piece, laws in laws_of(logits, plan.body_of, plan.vocab_size):
+            settings = [NOTHING_SET] * len(laws[0]) if owners is None else owners.settings[piece]
+            fusion = fuse_each(*parted(laws), settings, plan.strategy)
             if owners is not None:
                 self._remember(fusion, owners, piece)
             fused.append(fusion.log_probs)

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from engines import expected, until_end
-from peft import LoraConfig, get_peft_model
 from separately import MARK
 
 import tiny
+from on_disk import save_adapter, save_models
 from trimtab import FusedCausalLM
 from trimtab.serving.drafting import speculative_config
 
@@ -25,15 +24,8 @@ PROMPTS = ["Where does Ada live?", "Q: 12+7", "a", "The quick brown fox (a small
 def members(tmp_path_factory):
     """A base with an adapter: two bodies of one configuration. The directory, and the transformers engine of it."""
     folder = tmp_path_factory.mktemp("processes")
-    for name, model in {"strong": tiny.make(seed=0, width=128), "base": tiny.make(seed=1)}.items():
-        model.save_pretrained(folder / name)
-        tiny.make_tokenizer().save_pretrained(folder / name)
-    bare = tiny.make(seed=1)
-    bare.name_or_path = str(folder / "base")
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        adapter = get_peft_model(bare, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, bias="none"))
-    adapter.save_pretrained(folder / "adapter")
+    save_models(folder, strong=tiny.make(seed=0, width=128), base=tiny.make(seed=1))
+    save_adapter(folder)
     fused = FusedCausalLM.from_members(
         str(folder / "strong"), str(folder / "base"), {"facts": str(folder / "adapter")}, strategy="static"
     )

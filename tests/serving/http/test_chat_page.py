@@ -1,28 +1,20 @@
 """The chat page in a real headless Chromium: streams, colours by alpha, steers, and loads nothing from elsewhere."""
 
 import re
-import shutil
 
 import pytest
 from servers import KEY
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
+from browsing import open_browser
+
 QUESTION = "Which pet does Jakob Brulman keep?"
 EVIL = "<img src=x onerror=\"document.title='gone'\"></p><script>document.title='gone'</script>"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with open_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
