@@ -64,6 +64,9 @@ def _soak(found: Mapping[str, Any]) -> Iterator[str]:
         verdict = "held" if check["is_met"] else "**failed**"
         yield f"| {check['name']} | {check['found']} | {check['expected']} | {verdict} |"
     yield ""
+    looks = ", ".join(f"{mib:,.0f} ({seconds:g} s)" for seconds, mib in found["memory_mib"])
+    yield f"Memory of the quiet server, MiB, after so many seconds of visits: {looks}."
+    yield ""
     yield (
         "What visitors were told, 0 where they had left: "
         + ", ".join(f"{visit} ({count:,})" for visit, count in found["statuses"].items())

@@ -8,7 +8,8 @@ some send what is no request. Afterwards:
 
     no answer was 500 or above, and none that should have come did not
     the engine runs and keeps nothing: requests running and waiting 0, key-value cache empty
-    memory of all its processes is at most 5% above what it was after a warm-up of the same traffic
+    memory of all its processes is at most 5% above what it was after a warm-up of the same traffic; it is looked at
+    ten times on the way, so that a leak (a line) and caches that fill (a curve that bends) can be told apart
     it tells one too many so (503, Retry-After) and at once, and all the others get their answer: no slot was lost
 
 Exit code 1 where one of these does not hold.
@@ -39,6 +40,7 @@ TIME_LIMIT = 120.0  # seconds for an answer
 EXPERTS = ("arithmetic", "facts")
 CONTEXT = 256  # tokens that the zoo's models read
 SAMPLES = 5  # of the memory of a quiet server; the least counts
+LOOKS = 10  # at the memory during the soak
 
 
 @dataclass(frozen=True)
@@ -280,13 +282,16 @@ def soak(server: Server, settings: Settings, progress: harness.Progress) -> dict
     """Everything in turn; returns what was found and the checks."""
     tally, checks = Tally(), list[Check]()
     progress(f"warm-up, {settings.warm_up:g} s")
-    visit(server, settings, settings.warm_up, settings.seed + 1, tally)
+    visit(server, settings, settings.warm_up, settings.seed, tally)
     quiet(server)
     before = memory_of(server)
-    progress(f"soak, {settings.seconds:g} s")
-    visit(server, settings, settings.seconds, settings.seed, tally)
-    left = quiet(server)
-    after = memory_of(server)
+    looks, left = [(0.0, before)], dict[str, float]()
+    for number in range(1, LOOKS + 1):
+        progress(f"soak, part {number} of {LOOKS}, {settings.seconds / LOOKS:g} s; {looks[-1][1] / 2**20:.0f} MiB")
+        visit(server, settings, settings.seconds / LOOKS, settings.seed + 1 + number, tally)
+        left = quiet(server)
+        looks.append((settings.seconds * number / LOOKS, memory_of(server)))
+    after = looks[-1][1]
     for name in (RUNNING, WAITING, CACHE):
         checks.append(Check(f"{name} afterwards", f"{left[name]:g}", "0", left[name] == 0))
     checks.append(memory_check(before, after))
@@ -302,7 +307,7 @@ def soak(server: Server, settings: Settings, progress: harness.Progress) -> dict
         "requests": sum(tally.statuses.values()) + tally.wrong_count,
         "statuses": dict(sorted(tally.statuses.items())),
         "wrong": tally.wrong,
-        "memory_mib": {"before": round(before / 2**20, 1), "after": round(after / 2**20, 1)},
+        "memory_mib": [[round(seconds, 1), round(found / 2**20, 1)] for seconds, found in looks],
         "checks": [asdict(check) for check in checks],
     }
 

@@ -151,13 +151,34 @@ def test_the_tally_puts_values_under_the_edges_that_hold_them() -> None:
 
 def test_traces_of_the_latest_requests_are_kept_in_order_and_without_gaps() -> None:
     fusion = make_strategy("dynamic", expert_names=NAMES)(*members(7))
-    book = TraceBook()
-    book.add(fusion, ["old"] + [None] * 6, [0] * ROWS, NAMES)
-    book.add(fusion, ["x", "x", "x"] + [None] * 4, [3, 2, 5] + [0] * 4, NAMES)
+    book = TraceBook(NAMES)
+    book.add(fusion, ["old"] + [None] * 6, [0] * ROWS)
+    book.add(fusion, ["x", "x", "x"] + [None] * 4, [3, 2, 5] + [0] * 4)
     assert [step["kl_nats"] for step in book.steps("x", 2)] == pytest.approx(fusion.kl_nats[[1, 0]].tolist())
-    book.add(fusion, [None] * 6 + ["x"], [2] * ROWS, NAMES)  # read again
+    book.add(fusion, [None] * 6 + ["x"], [2] * ROWS)  # read again
     assert book.steps("x", 2)[0]["kl_nats"] == pytest.approx(float(fusion.kl_nats[6]))
     for number in range(REQUESTS_KEPT):
-        book.add(fusion, [f"new {number}"] + [None] * 6, [0] * ROWS, NAMES)
+        book.add(fusion, [f"new {number}"] + [None] * 6, [0] * ROWS)
     assert book.steps("old", 0) == []
     assert len(book.steps(f"new {REQUESTS_KEPT - 1}", 0)) == 1
+
+
+def test_traces_take_bounded_room_however_long_the_texts_are(monkeypatch) -> None:
+    monkeypatch.setattr("trimtab.serving.traces.ALL_POSITIONS_KEPT", 20)
+    monkeypatch.setattr("trimtab.serving.traces.POSITIONS_KEPT", 14)
+    fusion = make_strategy("dynamic", expert_names=NAMES)(*members(7))
+
+    def read(key: str, *starts: int) -> None:
+        for start in starts:
+            book.add(fusion, [key] * ROWS, range(start, start + ROWS))
+
+    book = TraceBook(NAMES)
+    read("a", 0, 0)  # read twice, counted once
+    read("b", 0)
+    assert (len(book.steps("a", 0)), len(book.steps("b", 0))) == (7, 7)
+    read("c", 0)
+    assert (len(book.steps("a", 0)), len(book.steps("b", 0)), len(book.steps("c", 0))) == (0, 7, 7)
+    read("c", 7, 14)  # more than one request may have
+    assert (len(book.steps("b", 0)), len(book.steps("c", 0))) == (0, 14)
+    read("d", 0)
+    assert (len(book.steps("c", 0)), len(book.steps("d", 0))) == (0, 7)

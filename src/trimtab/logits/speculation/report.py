@@ -15,15 +15,14 @@ class SpeculationReport:
     """Counts over all rows of one generation.
 
     reason      why nothing was drafted; None when speculation was on
-    rounds      readings by the strong model, the prompt's not counted
+    rounds      readings by the strong model, the prompt's included
     row_rounds  the same, counted for each row that was read
-    begun       first tokens of the rows, which the prompt's reading gave
     drafted     tokens that were drafted and judged by the fused law, or dropped with a rejected one before them
     accepted    drafted tokens that stood
     emitted     tokens generated
     lengths     {length of the draft: rounds}
     drafters    {who drafted: rounds}
-    calls       {member: forwards}, the prompt's not counted; members read together count once each
+    calls       {member: forwards}, the prompt's included; members read together count once each
     seconds     {member: seconds in its forwards}, shared evenly by members that are read together
     beside      seconds spent outside the members' forwards
     """
@@ -31,7 +30,6 @@ class SpeculationReport:
     reason: str | None = None
     rounds: int = 0
     row_rounds: int = 0
-    begun: int = 0
     drafted: int = 0
     accepted: int = 0
     emitted: int = 0
@@ -53,8 +51,8 @@ class SpeculationReport:
 
     @property
     def tokens_per_round(self) -> float | None:
-        """Tokens per row and reading of the strong model, first ones left out; None before the first round."""
-        return (self.emitted - self.begun) / self.row_rounds if self.row_rounds else None
+        """Tokens per row and reading of the strong model; None before the first round."""
+        return self.emitted / self.row_rounds if self.row_rounds else None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

