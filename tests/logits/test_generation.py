@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 import tiny
 from fusing import PROMPTS, check_same_tokens, fuse, new_tokens
@@ -140,13 +140,27 @@ def test_stop_strings_and_criteria_end_a_text(fused):
 
 
 def test_the_generation_config_is_heard(fused):
-    from transformers import GenerationConfig
-
     inputs = fused.encode("Q: and now")
     output = fused.generate(
         **inputs, generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
     )
     assert output.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+@pytest.mark.parametrize("limit", [{"max_new_tokens": 500}, {"max_length": 600}], ids=["new", "all"])
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_length_that_the_model_is_set_to_is_cut_where_a_context_ends(limit, drafts):
+    model = fuse()
+    for name, value in limit.items():
+        setattr(model.generation_config, name, value)
+    prompt = torch.full((1, tiny.CONTEXT - 4), 9)
+    options = {"do_sample": False, "speculate": drafts, "prefix_allowed_tokens_fn": lambda row, ids: [7, 8]}
+    with pytest.warns(TrimtabWarning, match="1 of 1 texts were cut after 5 new tokens"):
+        assert model.generate(prompt, **options).shape[1] == tiny.CONTEXT + 1
+    config = GenerationConfig(pad_token_id=0)  # says nothing of lengths
+    with pytest.warns(TrimtabWarning, match="1 of 1 texts were cut after 5 new tokens"):
+        model.generate(prompt, config, **options)
+    assert model.generate(prompt, **options, max_new_tokens=2).shape[1] == tiny.CONTEXT - 2  # the call goes first
 
 
 def only(*ids):

@@ -161,7 +161,7 @@ def writes_on_behind_ends(monkeypatch):
 
     def extend(self, place, tokens, laws):
         self.texts[place] += tokens[: self._max_length - len(self.texts[place])]
-        return self._is_done(self.texts[place])
+        return self._is_done(self.texts[place], place)
 
     monkeypatch.setattr(Rows, "_extend", extend)
     monkeypatch.setattr(SpeculativeDecoder, "_until_ends", lambda self, ids: [ids.shape[1]] * len(ids))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from trimtab.core.errors import BadSetting, TrimtabWarning
 from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
@@ -16,12 +17,23 @@ from trimtab.logits.prompts import empty_prompt
 from trimtab.logits.reading import BrokenLaw, Reader
 from trimtab.logits.speculation import generating
 from trimtab.logits.speculation.decode import Meter
-from trimtab.logits.speculation.plan import Plan
+from trimtab.logits.speculation.plan import AUTO, Plan, refuse
 from trimtab.logits.speculation.report import SpeculationReport, last_report, note_report
 
 # The call of `generate` that is under way: whose, and its plan. Other threads, and calls within a call, have their own.
 _UNDER_WAY: ContextVar[tuple[Any, Plan] | None] = ContextVar("under_way", default=None)
 DEFAULT_NEW_TOKENS = 20  # transformers' own, where the caller names no length
+SPECULATED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+NOT_OFFERED = ("inputs_embeds", "output_attentions", "output_hidden_states")
+
+
+def check_offered(asked: Mapping[str, Any]) -> None:
+    """Raise BadSetting where something is asked for that only one model by itself can take or give."""
+    for name in NOT_OFFERED:
+        if asked.get(name) is not None and asked[name] is not False:
+            raise BadSetting(
+                f"a fused model has no {name}.", "Its members differ in width and depth.", "ask one member for it."
+            )
 
 
 # transformers looks for "GenerationMixin" in the names of a model's base classes.
@@ -59,10 +71,15 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
                          sampled generation can be speculated; the law of the output is the same
         speculate_draft  who drafts, see `trimtab.logits.speculation.draft`; None: what the model is set to
         raises           EmptyPrompt, ContextTooLong, BrokenLaw (naming member and step); BadSetting where drafts were
-                         asked for by number and there can be none. `last_speculation` says what was done
+                         asked for by number and there can be none, and for embeddings in place of tokens, attentions
+                         and hidden states. `last_speculation` says what was done
         warns            TrimtabWarning when a text was cut because a member's context was full
         """
         plan = generating.asked_plan(self._plan, speculate, speculate_draft, self.expert_names)
+        asked = _asked(self.generation_config, args[0] if args else kwargs.get("generation_config"), kwargs)
+        check_offered(asked)
+        if asked.get("custom_generate") is not None:
+            _refuse_number(plan)
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or inputs.numel() == 0:
             raise empty_prompt("there are no tokens to continue.")
@@ -72,10 +89,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         is_fresh = kwargs.get("past_key_values") is None
         if is_fresh and self.has_own_prompts and kwargs.get("member_prompt_ids") is None:
             kwargs |= self._placed(self.encoder.own_inputs(inputs, mask))
-        config = args[0] if args else kwargs.get("generation_config")
-        asked = kwargs if config is None else vars(config) | {k: v for k, v in kwargs.items() if v is not None}
-        asked_end = asked.get("eos_token_id")  # may be token 0
-        ends = _listed(self.generation_config.eos_token_id if asked_end is None else asked_end)
+        ends = _listed(asked.get("eos_token_id"))
         limit = self._limit_length(inputs, kwargs, asked) if is_fresh else None
         note_report(self, SpeculationReport(reason=generating.OTHER_MODE))
         call = _UNDER_WAY.set((self, plan))
@@ -196,7 +210,12 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         model_kwargs["past_key_values"] = cache
 
     def _validate_generation_mode(self, mode: Any, generation_config: Any, mode_kwargs: dict[str, Any]) -> None:
-        """A member may assist although its output layer has padding rows: its tokens are the same."""
+        """A member may assist although its output layer has padding rows: its tokens are the same.
+
+        raises    BadSetting where a number of drafted tokens was asked for, but this mode drafts in another way or none
+        """
+        if mode not in SPECULATED_MODES:
+            _refuse_number(self._plan_under_way())
         if any(mode_kwargs.get("assistant_model") is body for body in self.bodies):
             mode_kwargs = {name: value for name, value in mode_kwargs.items() if name != "assistant_model"}
         super()._validate_generation_mode(mode, generation_config, mode_kwargs)
@@ -222,6 +241,20 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
         drafts.get_candidates = readable_draft
         return drafts
+
+
+def _refuse_number(plan: Plan) -> None:
+    """Raise BadSetting where drafts were asked for by number, for a way to generate that has none of ours."""
+    if plan.speculate not in (0, AUTO):
+        raise refuse(generating.OTHER_MODE, plan.speculate)
+
+
+def _asked(default: Any, config: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call asks for, as `generate` puts it together: its arguments, then its configuration, then the model's."""
+    asked: dict[str, Any] = {}
+    for settings in (vars(default), {} if config is None else vars(config), kwargs):
+        asked |= {name: value for name, value in settings.items() if value is not None}
+    return asked
 
 
 def _asked_tokens(asked: Mapping[str, Any], prompt_tokens: int) -> int:

@@ -23,7 +23,7 @@ from trimtab.logits import prompts as prompt_forms
 from trimtab.logits.cache import FusedCache
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
-from trimtab.logits.generation import FusedGenerationMixin
+from trimtab.logits.generation import FusedGenerationMixin, check_offered
 from trimtab.logits.members import Members, Placement
 from trimtab.logits.one_pass import OnePass
 from trimtab.logits.prompts import OwnPrompts, PromptForm
@@ -32,8 +32,6 @@ from trimtab.logits.speculation.plan import Plan
 from trimtab.logits.strategy import Strategy, make_strategy, strategy_from_dict
 from trimtab.logits.streams import Streams
 from trimtab.logits.trace import Trace, TraceStep, trace_steps
-
-NOT_OFFERED = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
 
 class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc]
@@ -220,10 +218,9 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     @one_pass.setter
     def one_pass(self, one_pass: OnePass) -> None:
-        is_on = self.streams
-        self.reader = Reader(self.members, self.forms, self.config.vocab_size, one_pass)
-        self.streams = is_on
-        self.config.one_pass, self._meter = one_pass, None
+        reader = Reader(self.members, self.forms, self.config.vocab_size, one_pass)
+        reader.streams = Streams(reader.lanes, self.streams)
+        self.reader, self.config.one_pass, self._meter = reader, one_pass, None
 
     @property
     def streams(self) -> bool:
@@ -311,11 +308,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         return output if return_dict is not False else output.to_tuple()
 
     def _check_inputs(self, input_ids: Tensor | None, mask: Tensor | None, cache: Any, others: dict[str, Any]) -> None:
-        for name in NOT_OFFERED:
-            if others.get(name) is not None and others[name] is not False:
-                raise BadSetting(
-                    f"a fused model has no {name}.", "Its members differ in width and depth.", "ask one member for it."
-                )
+        check_offered(others)
         if input_ids is None or input_ids.numel() == 0:
             raise prompt_forms.empty_prompt("there are no tokens to read.")
         if mask is not None and mask.ndim != 2:

@@ -20,7 +20,7 @@ from trimtab.logits.speculation.ragged import RaggedReading
 from trimtab.logits.speculation.report import SpeculationReport
 from trimtab.logits.speculation.rows import Rows
 
-OTHER_MODE = "only greedy and sampled generation can be speculated, no beams and no assistant model"
+OTHER_MODE = "only greedy and sampled generation can be speculated: no beams, no assistant model, no loop of one's own"
 NOT_ASKED = "speculate is 0"
 
 
@@ -77,8 +77,7 @@ def why_not(model: Any, plan: Plan, task: Task) -> str | None:
     if reason is not None and plan.speculate != AUTO:
         raise planning.refuse(reason, plan.speculate)
     if reason is None and plan.speculate == AUTO:
-        strong, *small = model.members
-        reason = planning.small_strong(strong, small)
+        reason = planning.small_strong(model.members, plan.draft)
     return reason
 
 
@@ -101,7 +100,8 @@ def speculative_sample(model: Any, plan: Plan, task: Task, report: SpeculationRe
     """
     config, cache = task.config, task.cache
     keeps_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
-    rows = Rows(task.input_ids, task.stopping, task.streamer, keeps_scores)
+    shows_scores = bool(config.return_dict_in_generate and config.output_scores)
+    rows = Rows(task.input_ids, task.stopping, task.streamer, keeps_scores, shows_scores)
     reader = model.reader
     meter = _meter_of(model, len(reader.lanes))
     try:
@@ -109,6 +109,7 @@ def speculative_sample(model: Any, plan: Plan, task: Task, report: SpeculationRe
     finally:
         if model.reader is reader:  # `one_pass` may have been set by now: other lanes, other costs
             model._meter = meter
+        _stop_recording(cache)
     pad_id = _pad_id(config)
     sequences = rows.finish(pad_id)
     if not config.return_dict_in_generate:
@@ -121,6 +122,15 @@ def speculative_sample(model: Any, plan: Plan, task: Task, report: SpeculationRe
         # The rows of a batch are moved about; only a text alone leaves a cache that can be gone on from.
         past_key_values=cache if task.input_ids.shape[0] == 1 else None,
     )
+
+
+def _stop_recording(cache: Any) -> None:
+    """Layers forget again what their window has left behind, as transformers' own loop leaves them."""
+    for layer in cache.layers:
+        if getattr(layer, "record_past", False):
+            if getattr(layer, "is_initialized", True):
+                layer.crop(0)
+            layer.record_past = False
 
 
 def _meter_of(model: Any, lanes: int) -> Meter:

@@ -33,16 +33,23 @@ class Rows:
     texts     per row of the call: token ids of the prompt (with its padding) and of what was emitted
     ends      tokens that end a text
     active    the rows that go on, as places in `texts`, in the order of the members' caches
+    scores    per row of the call and token: scores and logits [vocab]; None where they are not kept
     """
 
     def __init__(
-        self, prompts: Int[Tensor, "row time"], stopping: Sequence[Any], streamer: Any, keeps_scores: bool
+        self,
+        prompts: Int[Tensor, "row time"],
+        stopping: Sequence[Any],
+        streamer: Any,
+        keeps_scores: bool,
+        shows_scores: bool = False,
     ) -> None:
+        """`shows_scores`: whether stopping criteria are shown the scores, as they are where the caller wants them."""
         self.texts: list[list[int]] = prompts.tolist()
         self.active = list(range(len(prompts)))
         self.device = prompts.device
         self.scores: list[list[tuple[Tensor, Tensor]]] | None = [[] for _ in prompts] if keeps_scores else None
-        self._prompt_length = prompts.shape[1]
+        self._shows_scores = keeps_scores and shows_scores
         self._streamer = streamer
         self.ends = {int(i) for c in stopping if isinstance(c, EosTokenCriteria) for i in c.eos_token_id.tolist()}
         limits = [criteria.max_length for criteria in stopping if isinstance(criteria, MaxLengthCriteria)]
@@ -79,23 +86,30 @@ class Rows:
     def _extend(self, place: int, tokens: Sequence[int], laws: Sequence[tuple[Tensor, Tensor]]) -> bool:
         """Appends tokens to one row until it ends; whether it did."""
         text, is_done = self.texts[place], False
-        before = len(text)
-        for token in tokens:
+        for at, token in enumerate(tokens):
             text.append(token)
-            is_done = self._is_done(text)
+            if self.scores is not None:
+                self.scores[place].append(laws[at])
+            is_done = self._is_done(text, place)
             if self._streamer is not None:
                 self._streamer.put(torch.tensor([token]))
             if is_done:
                 break
-        if self.scores is not None:
-            self.scores[place] += list(laws[: len(text) - before])
         return is_done
 
-    def _is_done(self, text: list[int]) -> bool:
+    def _is_done(self, text: list[int], place: int) -> bool:
         if text[-1] in self.ends or (self._max_length is not None and len(text) >= self._max_length):
             return True
-        ids = torch.tensor([text], device=self.device) if self._others else None
-        return any(bool(torch.as_tensor(criteria(ids, None)).any()) for criteria in self._others)
+        if not self._others:
+            return False
+        ids, scores = torch.tensor([text], device=self.device), self._shown(place)
+        return any(bool(torch.as_tensor(criteria(ids, scores)).any()) for criteria in self._others)
+
+    def _shown(self, place: int) -> tuple[Tensor, ...] | None:
+        """A row's scores so far, [1, vocab] each, as transformers hands them to stopping criteria."""
+        if self.scores is None or not self._shows_scores:
+            return None
+        return tuple(scores.unsqueeze(0) for scores, _ in self.scores[place])
 
     def finish(self, pad_id: int) -> Int[Tensor, "row time"]:
         """All texts, filled up with padding on the right."""
