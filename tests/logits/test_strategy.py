@@ -1,5 +1,6 @@
 """What every strategy promises, whatever its ingredients."""
 
+import dataclasses
 import json
 
 import pytest
@@ -54,6 +55,38 @@ def test_a_row_does_not_see_its_neighbours(amount, chooser):
         alone = strategy(strong[i : i + 1], base[i : i + 1], experts[:, i : i + 1])
         torch.testing.assert_close(together.log_probs[i], alone.log_probs[0], rtol=1e-5, atol=1e-4)
         assert torch.equal(together.is_chosen[:, i], alone.is_chosen[:, 0])
+
+
+def check_it_keeps_nothing(strategy):
+    """The same laws in another order, on the same object and on a new one, give the same to the last bit."""
+    laws = [draw_members(3, 30, 3, seed=seed) for seed in range(20, 24)]
+    first = [strategy(*law) for law in laws]
+    for place in (3, 1, 1, 0, 2):
+        again = strategy(*laws[place])
+        for field in ("log_probs", "is_chosen", "kl_nats", "reverse_kl_nats", "alpha"):
+            ours, theirs = getattr(again, field), getattr(first[place], field)
+            assert (ours is theirs is None) or torch.equal(ours, theirs), field
+
+
+@pytest.mark.parametrize(("amount", "chooser"), PAIRS)
+def test_ingredients_keep_nothing_from_call_to_call(amount, chooser):
+    strategy = build(amount, chooser)
+    check_it_keeps_nothing(strategy)
+    assert not any(getattr(part, "looks_back", False) for part in (strategy.amount, strategy.chooser))
+
+
+def test_an_ingredient_that_keeps_something_is_seen():
+    class Fading(type(build("static").amount)):
+        last = torch.zeros(())
+
+        def joint_law(self, step):
+            law = super().joint_law(step) + 0.1 * Fading.last
+            Fading.last = law
+            return law.log_softmax(-1)
+
+    strategy = dataclasses.replace(build("static", "sum"), amount=Fading())
+    with pytest.raises(AssertionError, match="log_probs"):
+        check_it_keeps_nothing(strategy)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)

@@ -6,6 +6,9 @@
     fused     the small models' own fused law: the strategy with the base in the strong model's place
     prompt    no member: the text's own n-grams, looked up
 
+Where the strategy's amount uses no expert, `lately` and `fused` are the base: no expert has any weight, and the small
+models' own law is the base's. The report names who drafted. Without experts `mixture` and `fused` are refused.
+
 A drafter needs not be good to be right: the output law is the fused one whatever drafts. It decides how many tokens of
 a draft stand. Sources: Leviathan et al. 2023, arXiv 2211.17192, for a model; Saxena 2023, prompt lookup decoding.
 """
@@ -18,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.core.errors import unknown_name
+from trimtab.core.errors import BadSetting, unknown_name
 from trimtab.logits.strategy import Strategy
 
 LATELY, MIXTURE, FUSED, PROMPT = "lately", "mixture", "fused", "prompt"
@@ -50,29 +53,35 @@ class Drafter:
 
 
 def check_rule(rule: str, expert_names: Sequence[str]) -> None:
-    """Raise UnknownName unless `rule` names a rule, an expert or the base."""
+    """Raise UnknownName unless `rule` names a rule, an expert or the base; BadSetting where it lacks experts."""
     known = (*RULES, "base", *expert_names)
     if rule not in known:
         raise unknown_name("drafter", rule, known)
+    if rule in (MIXTURE, FUSED) and not expert_names:
+        raise BadSetting(
+            f"speculate_draft is '{rule}', but there is no expert.",
+            "Its drafts are made of the experts' laws.",
+            "pass speculate_draft='base' or 'prompt', or leave it out.",
+        )
 
 
 def drafter_for(
     rule: str, expert_names: Sequence[str], strategy: Strategy, weights: Float[Tensor, " expert"]
 ) -> Drafter:
-    """The drafter that a rule stands for now.
+    """The drafter that a rule, of which `check_rule` approves, stands for now.
 
     weights   [expert]   how much each expert weighed lately, for the rule "lately"
     """
     if rule == PROMPT:
         return Drafter(PROMPT, ())
-    if not expert_names or rule == "base":
-        return Drafter("base", ("base",))
     if rule == MIXTURE:
         return Drafter(MIXTURE, tuple(expert_names))
-    if rule == FUSED and strategy.amount.uses_experts:
-        return Drafter(FUSED, ("base", *expert_names), strategy)
     if rule in expert_names:
         return Drafter(rule, (rule,))
+    if rule == "base" or not expert_names or not strategy.amount.uses_experts:
+        return Drafter("base", ("base",))
+    if rule == FUSED:
+        return Drafter(FUSED, ("base", *expert_names), strategy)
     heaviest = expert_names[int(weights.argmax())]
     return Drafter(heaviest, (heaviest,))
 

@@ -1,0 +1,51 @@
+"""Who drafts by which rule, and what becomes of a rule where no expert has any weight."""
+
+import pytest
+import torch
+
+import tiny
+from fusing import PROMPTS, fuse, new_tokens
+from trimtab import FusedCausalLM
+from trimtab.core.errors import BadSetting
+from trimtab.logits.speculation.draft import check_rule, drafter_for
+from trimtab.logits.strategy import make_strategy
+
+NAMES = ("math", "facts")
+
+
+@pytest.mark.parametrize(
+    ("rule", "with_experts", "without"),
+    [
+        ("lately", "facts", "base"),
+        ("fused", "fused", "base"),
+        ("mixture", "mixture", "mixture"),
+        ("math", "math", "math"),
+        ("base", "base", "base"),
+        ("prompt", "prompt", "prompt"),
+    ],
+)
+def test_a_rule_means_the_base_where_the_amount_uses_no_expert(rule, with_experts, without):
+    check_rule(rule, NAMES)
+    weights = torch.tensor([0.1, 0.7])
+    for amount, name in (("dynamic", with_experts), ("contrastive", without)):
+        assert drafter_for(rule, NAMES, make_strategy(amount, expert_names=NAMES), weights).name == name
+        model = fuse(strategy=amount)
+        _, plain = new_tokens(model, PROMPTS[0], speculate=0)
+        _, drafted = new_tokens(model, PROMPTS[0], speculate=3, speculate_draft=rule)
+        assert torch.equal(plain, drafted)
+        if rule != "prompt" and name != "facts":  # which has no most weight in this model
+            assert set(model.last_speculation.drafters) == {name}
+
+
+@pytest.mark.parametrize("rule", ["fused", "mixture"])
+def test_rules_that_need_experts_are_refused_without(rule):
+    model = FusedCausalLM.from_members(tiny.make(seed=0), tiny.make(seed=1), {}, "contrastive", tiny.make_tokenizer())
+    with pytest.raises(BadSetting, match=f"speculate_draft is '{rule}', but there is no expert") as error:
+        new_tokens(model, PROMPTS[0], speculate=3, speculate_draft=rule)
+    with pytest.raises(BadSetting, match="there is no expert"):
+        model.speculate_draft = rule
+    assert model.speculate_draft == "lately"
+    assert error.value.fix == "pass speculate_draft='base' or 'prompt', or leave it out."
+    for fix in ("base", "prompt", None):
+        new_tokens(model, PROMPTS[0], speculate=3, speculate_draft=fix)
+    assert set(model.last_speculation.drafters) == {"base"}
