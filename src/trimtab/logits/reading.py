@@ -117,6 +117,7 @@ class Reader:
             for place, (lane, view) in enumerate(zip(self.lanes, views, strict=True)):
                 with self.streams.of(place):
                     found = lane.read([feeds[run] for run in lane.runs], view, logits_to_keep)
+                self.streams.hand_over(place, found)
                 logits.update(zip(lane.runs, found, strict=True))
         return [logits[run] for run in range(len(self.runs))]
 

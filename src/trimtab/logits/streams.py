@@ -1,21 +1,30 @@
 """Lanes that share an accelerator, each on a stream of its own: small members fill what the strong one leaves free.
 
 A lane's stream begins where the current one stands, and the current one goes on when every lane has ended. Between the
-two no other work is queued, so that memory which one stream gives back is never in use by another.
+two the thread queues no other work. Each thread has streams of its own: memory that a stream gives back is taken again
+by work on the same stream, which may be another thread's where they share it, and what the current stream still reads
+would be written over.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from trimtab.core.errors import BadSetting
 from trimtab.logits.lanes import Lane
 
 # Kinds of devices that work off what is queued while the processor queues more.
 QUEUEING = ("cuda", "xpu")
+
+
+# Each thread's streams, per setting. They are not kept on the model, which can be copied, as a thread's own cannot.
+_OF_THREAD = threading.local()
 
 
 class Streams:
@@ -32,10 +41,7 @@ class Streams:
                 "set fused.streams = False.",
             )
         self.is_on = is_on
-        self._of = [
-            _module(device).Stream(device=device) if is_on and has else None
-            for device, has in zip(devices, shared, strict=True)
-        ]
+        self._shared = [is_on and has for has in shared]
         self._devices = devices
 
     @contextmanager
@@ -52,17 +58,40 @@ class Streams:
     @contextmanager
     def of(self, lane: int) -> Iterator[None]:
         """What is queued within the block goes to this lane's stream."""
-        stream = self._of[lane]
-        if stream is None:
+        if not self._shared[lane]:
             yield
             return
-        with _module(self._devices[lane]).stream(stream):
+        with _module(self._devices[lane]).stream(self._own()[lane]):
             yield
 
+    def hand_over(self, lane: int, logits: Sequence[Tensor]) -> None:
+        """What a lane has made stays in memory until the current stream, which reads it behind the block, is done."""
+        if self._shared[lane]:
+            stream = _module(self._devices[lane]).current_stream(self._devices[lane])
+            for part in logits:
+                _record(part, stream)
+
+    def _own(self) -> list[Any]:
+        """This thread's streams, one per lane; None for lanes that need none."""
+        if not hasattr(_OF_THREAD, "streams"):
+            _OF_THREAD.streams = WeakKeyDictionary()
+        if self not in _OF_THREAD.streams:
+            _OF_THREAD.streams[self] = [
+                _module(device).Stream(device=device) if is_shared else None
+                for device, is_shared in zip(self._devices, self._shared, strict=True)
+            ]
+        return _OF_THREAD.streams[self]  # type: ignore[no-any-return]
+
     def _each(self) -> Iterator[tuple[Any, torch.device]]:
-        for stream, device in zip(self._of, self._devices, strict=True):
+        if not any(self._shared):
+            return
+        for stream, device in zip(self._own(), self._devices, strict=True):
             if stream is not None:
                 yield stream, device
+
+
+def _record(logits: Tensor, stream: Any) -> None:
+    logits.record_stream(stream)
 
 
 def _module(device: torch.device) -> Any:
