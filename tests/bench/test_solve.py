@@ -1,5 +1,7 @@
 """The solver's bench on points small enough for a test: every arm runs, and arms do what their names say."""
 
+import dataclasses
+
 import pytest
 import torch
 from bench.harness import Options
@@ -18,14 +20,21 @@ def case_at(point, monkeypatch, slow_numbers=1 << 20):
     return solve.solve_case(point, repeats=2, is_quick=True, progress=lambda text: None)
 
 
-def test_every_arm_is_timed_and_the_bar_is_judged(monkeypatch):
+def test_every_arm_is_timed_and_the_worst_point_is_told(monkeypatch):
     case = case_at(SMALL, monkeypatch)
     assert set(case.runs) == {solve.OURS, solve.SEARCH, solve.PLAIN, solve.GRID, solve.SOFTMAX}
     assert all(record["microseconds"] > 0 for records in case.runs.values() for record in records)
     case.runs[solve.OURS], case.runs[solve.GRID] = [{"microseconds": 2.0}], [{"microseconds": 8.0}]
-    assert "everywhere: met; at most 0.250 of it" in solve.notes([case])[0]
-    case.runs[solve.GRID] = [{"microseconds": 4.0}]
-    assert "MISSED" in solve.notes([case])[0]
+    slower = dataclasses.replace(case, name="slower", runs=case.runs | {solve.GRID: [{"microseconds": 4.0}]})
+    assert solve.notes([case]) == ["The exact call takes at most 0.250 of the grid's time, at " + SMALL.name + "."]
+    assert solve.notes([case, slower]) == ["The exact call takes at most 0.500 of the grid's time, at slower."]
+    step = dataclasses.replace(
+        case,
+        name="1B step",
+        runs={solve.STEP: [{"microseconds": 80.0}]}
+        | {arm: [{"microseconds": time}] for arm, time in ((solve.OURS, 2.0), (solve.SEARCH, 0.4))},
+    )
+    assert solve.notes([step]) == ["Of a strong model's step, 1B step: the whole call takes 2.50%, its search 0.50%."]
 
 
 def test_slow_arms_see_the_first_rows_and_say_so(monkeypatch):
