@@ -30,6 +30,8 @@ def read(path):
         (b'{"custom_id": "x"', "line 3: this is no JSON"),
         (b"\xff\xfe", "line 3: this is no JSON: 'utf-8'"),
         (b'{"custom_id": NaN}', "NaN is no JSON number"),
+        (b'{"custom_id": "x", "body": {"metadata": [1e999]}}', "1e999 is larger than any number can be"),
+        (b'{"custom_id": "x", "body": {"temperature": -1e400}}', "-1e400 is larger than any number can be"),
         (b"[" * 100000, "this is no JSON"),
         (b'"text"', "a request is an object, this is a str"),
         (request(method="GET"), 'method is "GET"'),

@@ -206,6 +206,7 @@ def test_a_chat_without_a_length_may_fill_the_context(worker, fused):
         (complete("x", "a" * 200), "200 tokens"),
         (chat("x", "a" * 200), "can read 128 tokens in all"),
         (complete("x", [5, tiny.VOCAB]), f"prompt holds token {tiny.VOCAB}"),
+        (complete("x", "a", stop_token_ids=[10**30]), f"stop_token_ids holds token {10**30}"),
         (complete("x", "a", model="gpt-9"), "run the batch with --model-name gpt-9"),
         (complete("x", "a", min_tokens=5, max_tokens=4), "min_tokens is 5"),
         (complete("x", "a", presence_penalty=0.5), "the transformers engine cannot follow"),

@@ -1,6 +1,6 @@
 """The worker that answers OpenAI requests: the same reading, limits and response bodies, whatever engine writes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,6 +95,7 @@ class Answering:
 
     def _job(self, prompt: Prompt, sampling: Sampling) -> Job:
         ids = self._token_ids(prompt)
+        self._check_known("stop_token_ids", sampling.stop_token_ids)
         job = Job(prompt, ids, sampling)
         used, context = self._engine.longest_prompt(job), self._engine.context
         if context is None and sampling.max_tokens is None:
@@ -121,14 +122,17 @@ class Answering:
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of a prompt: those given, a text's, or a conversation's in the chat template."""
         if isinstance(prompt, tuple) and isinstance(prompt[0], int):
-            beyond = next((token for token in prompt if int(token) >= self._engine.vocab_size), None)
-            if beyond is not None:
-                raise BadSetting(
-                    f"prompt holds token {beyond}.", f"The model knows {self._engine.vocab_size} tokens.", "correct it."
-                )
+            self._check_known("prompt", prompt)
             return prompt
         rendered = prompt if isinstance(prompt, str) else list(prompt)
         ids = tuple(PromptForm().render(self._engine.tokenizer, rendered))
         if not ids:
             raise empty_prompt("the prompt has no tokens.")
         return ids
+
+    def _check_known(self, name: str, token_ids: Iterable[Any]) -> None:
+        beyond = next((token for token in token_ids if token >= self._engine.vocab_size), None)
+        if beyond is not None:
+            raise BadSetting(
+                f"{name} holds token {beyond}.", f"The model knows {self._engine.vocab_size} tokens.", "correct it."
+            )

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,7 +75,8 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 
 def _read_line(number: int, raw: bytes, engine: str, without: tuple[str, ...]) -> Line:
     try:
-        content = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_no_constant)
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        content = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         return Line(number, None, error=_bad(number, f"this is no JSON: {error}"))
     if not isinstance(content, dict):
@@ -93,6 +95,14 @@ def _read_line(number: int, raw: bytes, engine: str, without: tuple[str, ...]) -
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    """A number as the line writes it; 1e999 would be read as infinity, which no line of JSON can hold."""
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text[:20]} is larger than any number can be")
+    return value
 
 
 def _bad(number: int, message: str, kind: str = "BadLine") -> RowError:
