@@ -1,9 +1,13 @@
 """What `trimtab serve` says before vLLM comes into it, and what it tells vLLM. This environment has no vLLM."""
 
+import http.server
 import json
 import os
 import shutil
 import socket
+import ssl
+import subprocess
+import threading
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.cli.parser import command_parser
+from trimtab.cli.serve import answers
 from trimtab.core.errors import BadSetting
 from trimtab.serving import launch
 from trimtab.serving.launch import ServeSettings, has_chat_template, vllm_words
@@ -79,10 +84,97 @@ def test_a_port_in_use_is_named(run, fused_dir) -> None:
         (["--strategy", "dynamc"], "did you mean 'dynamic'"),
         (["--alpha-max", "50"], "alpha_max is 50"),
         (["--port", "x"], "invalid int value"),
+        (["--speculate", "²"], "auto or a number"),
+        (["--speculate=--5"], "auto or a number"),
+        (["--speculate=-5"], "speculate is -5"),
+        (["--speculate", "9" * 5000], "auto or a number"),
+        (["--max-body-mib", "inf"], "max_body_mib is inf"),
+        (["--max-body-mib", "nan"], "max_body_mib is nan"),
+        (["--max-body-mib", "0"], "MiB above 0"),
+        (["--max-requests", "-1"], "0 for any number"),
+        (["--api-key", ""], "let everybody in"),
     ],
 )
 def test_wrong_settings_are_named(run, fused_dir, port, words, told: str) -> None:
     check_refused(run("serve", fused_dir, "--port", port, *words), told)
+
+
+def test_who_drafts_is_the_directorys_choice_unless_said_otherwise(run, copied, port) -> None:
+    def remark(*words: str, **config) -> str:
+        file = copied / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        ran = run("serve", str(copied), "--port", port, *words)
+        check_refused(ran, "vLLM is not installed")
+        return ran.err.splitlines()[0]
+
+    told = {"speculate": 3, "speculate_draft": "facts"}
+    assert remark(**told) == "'facts' drafts 3 tokens at a time."
+    assert remark("--speculate", "0", **told) == "Nobody drafts: speculate is 0."
+    assert remark("--speculate", "2", "--draft", "base", **told) == "'base' drafts 2 tokens at a time."
+    assert remark("--draft", "base", **told) == "'base' drafts 3 tokens at a time."
+    # The members of the tests are too small for drafts to pay, which is not for a number to judge.
+    assert "too small for drafts to pay" in remark(speculate="auto")
+    assert remark(speculate=0) == "Nobody drafts: speculate is 0."
+    assert "too small for drafts to pay" in remark("--draft", "facts", speculate=0)  # as with auto
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """A server that says it is well, at /health alone."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *words) -> None: ...
+
+
+def certified(folder: Path) -> ssl.SSLContext:
+    """A certificate of its own making, for another name."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=elsewhere.example",
+    ]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "unix"])
+def test_the_server_is_found_whatever_it_speaks_and_past_proxies(scheme: str, tmp_path, monkeypatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    if scheme == "unix":
+        place = str(tmp_path / "s")
+        assert not answers(f"unix:{place}")
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(place)
+            listening.listen()
+            assert answers(f"unix:{place}")
+        return
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    url = f"{scheme}://127.0.0.1:{server.server_port}"
+    if scheme == "https":
+        server.socket = certified(tmp_path).wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        assert answers(url)
+        assert not answers(f"{url}/elsewhere")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert not answers(url)
 
 
 def test_words_that_trimtab_does_not_know_are_kept_in_their_order(fused_dir) -> None:
@@ -104,6 +196,7 @@ def test_vllm_is_told_good_defaults(tmp_path) -> None:
     assert value_of(words, "--host") == "127.0.0.1"
     assert value_of(words, "--served-model-name") == "my-model"
     assert value_of(words, "--allowed-origins") == "[]"
+    assert value_of(words, "--max-num-queued-reqs") == str(64 * 256)
     assert value_of(words, "--dtype") == "float32"
     assert "--enforce-eager" in words
     assert not {"--chat-template", "--hf-overrides", "--speculative-config"} & set(words)
@@ -147,7 +240,8 @@ def test_a_plain_template_is_given_where_the_tokenizer_has_none(copied) -> None:
 
 
 def test_the_environment_keeps_what_the_user_set(monkeypatch) -> None:
-    for name in ("VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", "VLLM_CPU_KVCACHE_SPACE"):
+    limits = ("VLLM_MAX_N_SEQUENCES", "VLLM_MAX_COMPLETION_PROMPTS")
+    for name in ("VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", "VLLM_CPU_KVCACHE_SPACE", *limits):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     os.environ["VLLM_LOGGING_STREAM"] = "mine"
@@ -155,6 +249,7 @@ def test_the_environment_keeps_what_the_user_set(monkeypatch) -> None:
     assert "trimtab" in os.environ["VLLM_PLUGINS"].split(",")
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
     assert os.environ["VLLM_LOGGING_STREAM"] == "mine"
+    assert (os.environ["VLLM_MAX_N_SEQUENCES"], os.environ["VLLM_MAX_COMPLETION_PROMPTS"]) == ("256", "64")
     os.environ["VLLM_PLUGINS"] = "other"
     launch.set_environment()
     assert os.environ["VLLM_PLUGINS"] == "other,trimtab"

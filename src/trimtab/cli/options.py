@@ -1,6 +1,7 @@
 """Options that several commands share: which fused model, which strategy, how to sample."""
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from trimtab.core.errors import InputError, unknown_name
 from trimtab.registry import AMOUNTS, CHOOSERS, find
 
 DEFAULT_AMOUNT = "dynamic"
+AUTO = "auto"
 FLAGS = {"expert": "--speaker"}  # settings whose own name means something else on the command line
 
 
@@ -89,17 +91,33 @@ def one_pass_of(args: argparse.Namespace) -> dict[str, Any]:
     return {} if args.one_pass is None else {"one_pass": {"auto": "auto", "on": True, "off": False}[args.one_pass]}
 
 
+def speculation_of(args: argparse.Namespace, present: str | int) -> tuple[str | int | None, str | None]:
+    """What --speculate and --draft say: (speculate, who drafts), each None where it stays as it is.
+
+    present   the model's own `speculate`
+    raises    InputError for what is neither auto nor a number
+
+    Who names a drafter wants drafts: where the model has none, that means auto.
+    """
+    text = args.speculate
+    if text is None:
+        return AUTO if args.draft is not None and present == 0 else None, args.draft
+    if text == AUTO:
+        return AUTO, args.draft
+    if not re.fullmatch("-?[0-9]{1,9}", text):
+        raise InputError(
+            f"--speculate {text[:100]} cannot be read.", "Expected: auto or a number.", "for example auto."
+        )
+    return int(text), args.draft
+
+
 def set_speculation(args: argparse.Namespace, fused: Any) -> None:
-    """What --speculate and --draft say, set on a fused model; raises InputError for what is no number."""
-    if args.speculate is not None:
-        is_number = args.speculate.lstrip("-").isdigit()
-        if not is_number and args.speculate != "auto":
-            raise InputError(
-                f"--speculate {args.speculate} cannot be read.", "Expected: auto or a number.", "for example auto."
-            )
-        fused.speculate = int(args.speculate) if is_number else args.speculate
-    if args.draft is not None:
-        fused.speculate_draft = args.draft
+    """What --speculate and --draft say, set on a fused model; raises InputError for what cannot be."""
+    speculate, draft = speculation_of(args, fused.speculate)
+    if speculate is not None:
+        fused.speculate = speculate
+    if draft is not None:
+        fused.speculate_draft = draft
 
 
 def members_of(args: argparse.Namespace) -> dict[str, Any]:

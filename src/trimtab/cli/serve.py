@@ -6,6 +6,8 @@ Needs vLLM (see docs/serving.md). Every option that is not listed here is passed
 
 import argparse
 import os
+import socket
+import ssl
 import sys
 import threading
 import time
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli import options, output
-from trimtab.core.errors import InputError
 
 EXAMPLE = "trimtab serve runs/facts --page"
 PASSES_ON = True  # words that no option takes go to vLLM
@@ -33,14 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page", action="store_true", help="serve a chat page at /")
     group.add_argument("--max-body-mib", type=float, default=8.0, metavar="MIB", help="largest body of a request")
     group.add_argument(
-        "--max-requests", type=int, default=1024, metavar="N", help="requests under way at once; more are told 503"
+        "--max-requests",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="requests under way at once; more are told 503; 0: any number",
     )
     drafts = parser.add_argument_group("speed", "the law of the output is the same with and without drafts")
     drafts.add_argument(
         "--speculate",
         metavar="auto|N",
-        default="0",
-        help="tokens that a small member drafts: auto where drafts pay, 0 for none",
+        help="tokens that a small member drafts: auto where drafts pay, 0 for none; by default as the directory says",
     )
     drafts.add_argument(
         "--draft",
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     directory = Path(args.model)
     config = launch.check_directory(directory)
     launch.check_port(args.host, args.port)
-    drafting = _drafting(args, directory)
+    drafting = _drafting(args, directory, config)
     print(drafting.remark, file=sys.stderr)
     settings = launch.ServeSettings(
         directory,
@@ -73,8 +77,9 @@ def run(args: argparse.Namespace) -> None:
     )
     launch.check_members(settings, config)
     launch.check_vllm()
-    threading.Thread(target=_announce, args=(args, settings), daemon=True).start()
-    launch.serve(settings)
+    told = launch.prepared(settings)
+    threading.Thread(target=_announce, args=(args, settings, launch.url_of(told)), daemon=True).start()
+    launch.run(told)
 
 
 def _strategy(args: argparse.Namespace, config: Any) -> dict[str, Any] | None:
@@ -90,27 +95,45 @@ def _strategy(args: argparse.Namespace, config: Any) -> dict[str, Any] | None:
     return changed
 
 
-def _drafting(args: argparse.Namespace, directory: Path) -> Any:
+def _drafting(args: argparse.Namespace, directory: Path, config: Any) -> Any:
     """vLLM's settings of speculation, with a remark on who drafts."""
     from trimtab.serving.drafting import translated
 
-    is_number = args.speculate.isdigit()
-    if args.speculate != "auto" and not is_number:
-        raise InputError(
-            f"--speculate {args.speculate} cannot be read.", "Expected: auto or a number.", "for example auto."
-        )
-    return translated(directory, int(args.speculate) if is_number else args.speculate, args.draft)
+    return translated(directory, *options.speculation_of(args, config.speculate))
 
 
-def _announce(args: argparse.Namespace, settings: Any) -> None:
+def _announce(args: argparse.Namespace, settings: Any, url: str) -> None:
     """Says where the server is, once it answers."""
-    while True:
-        try:
-            urllib.request.urlopen(f"{settings.url}/health", timeout=5).close()
-            break
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    result = {"url": f"{settings.url}/v1", "page": f"{settings.url}/" if settings.page else None, "pid": os.getpid()}
-    shown = f"serving {settings.directory} at {result['url']}" + (f"; page: {result['page']}" if settings.page else "")
+    while not answers(url):
+        time.sleep(0.5)
+    is_http = not url.startswith("unix:")
+    result = {
+        "url": f"{url}/v1" if is_http else url,
+        "page": f"{url}/" if settings.page and is_http else None,
+        "pid": os.getpid(),
+    }
+    shown = f"serving {settings.directory} at {result['url']}" + (f"; page: {result['page']}" if result["page"] else "")
     document = output.document(result, {"strategy": settings.strategy, "drafting": settings.drafting}, None, "vllm")
     output.emit(args.json, document, lambda: print(shown, flush=True))
+
+
+def answers(url: str) -> bool:
+    """Whether a server on this machine is up.
+
+    url   as `launch.url_of` says
+    """
+    try:
+        if url.startswith("unix:"):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(url.removeprefix("unix:"))
+            return True
+        # Nothing secret is sent, and the certificate names the machine as others call it. Proxies are for other places.
+        trusting = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())
+        urllib.request.build_opener(urllib.request.ProxyHandler({}), trusting).open(f"{url}/health", timeout=5).close()
+    except urllib.error.HTTPError:
+        return False
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # it speaks, and wants a certificate from its clients
+    except OSError as error:
+        return isinstance(error, ssl.SSLError)
+    return True

