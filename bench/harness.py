@@ -1,7 +1,8 @@
 """Runs alternatives interleaved and keeps every repeat: A B C A B C, so that what disturbs one disturbs all.
 
 A ratio is taken within each repeat, between runs that stood side by side; its median and quartiles are reported. A
-slow minute of the machine then moves both sides of a ratio, and a single disturbed run does not move the median.
+slow minute of the machine then moves both sides of a ratio, and a single disturbed run does not move the median. Of
+fewer than four repeats the least and the largest are reported in place of quartiles.
 """
 
 import contextlib
@@ -125,9 +126,12 @@ def _timed(arm: Arm, repeat: int) -> Record:
 # ---- summing up
 
 
+FEW = 4  # repeats that have quartiles
+
+
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of some repeats."""
+    """Median and quartiles of some repeats; of fewer than FEW, median, least and largest."""
 
     median: float
     low: float
@@ -142,11 +146,16 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles; of one value, that value."""
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0], 1)
+    """Median and quartiles; of a few values, which have no quartiles worth the name, the least and the largest."""
+    if len(values) < FEW:
+        return Spread(statistics.median(values), min(values), max(values), len(values))
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median, low, high, len(values))
+
+
+def interval_of(case: Case) -> str:
+    """What the brackets of a case hold."""
+    return "quartiles" if all(len(records) >= FEW for records in case.runs.values()) else "least – largest"
 
 
 def figures(case: Case, arm: str, figure: str | None = None) -> list[float]:
@@ -161,7 +170,7 @@ def ratios(case: Case, arm: str, reference: str | None = None, figure: str | Non
 
 
 def summary(case: Case) -> dict[str, Any]:
-    """Median and quartiles of every figure of every arm, and of the ratios to the reference."""
+    """The spread of every figure of every arm, and of the ratios to the reference."""
     return {
         arm: {
             "figures": {name: vars(spread(figures(case, arm, name))) for name in records[0]},
@@ -251,7 +260,7 @@ def _table(case: Case) -> Any:
     from rich.table import Table
 
     table = Table("arm")
-    for name in (f"{case.unit} (quartiles)", f"x {case.reference}", *case.beside):
+    for name in (f"{case.unit} ({interval_of(case)})", f"x {case.reference}", *case.beside):
         table.add_column(name.replace("_", " "), justify="right")
     for arm in case.runs:
         ratio = spread(ratios(case, arm)).text() if case.reference in case.runs else "–"
@@ -270,7 +279,7 @@ INK, SOFT, LINE, OURS, THEIRS = "#1d2329", "#5d6873", "#e3e0d8", "#e08a14", "#9a
 
 
 def plot(findings: Findings, file: Path) -> None:
-    """Ratios to the reference, one panel of bars per case, with quartiles."""
+    """Ratios to the reference, one panel of bars per case, with quartiles or extremes."""
     from matplotlib.figure import Figure
 
     cases = [case for case in findings.cases if case.reference in case.runs]

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.bars import BARS, Bar
+from bench.bars import BARS, MISSED, Bar
 from bench.harness import Case, figures, listed, ratios, spread
 from trimtab.core.errors import InputError
 from trimtab.measure.results import replace_between_markers
 
 ORDER = ("decode", "solve", "memory", "onepass")
 START, END = "<!-- speed:start -->", "<!-- speed:end -->"
+INTERVALS = (
+    "Figures are medians over the repeats, in brackets the quartiles, or the least and the largest where there are "
+    "fewer than four repeats. A promise is met where the whole interval keeps it."
+)
 Document = Mapping[str, Any]
 
 
@@ -64,7 +68,7 @@ def markdown(folder: Path, page: Path) -> str:
         "",
         "Written by `python -m bench report`; do not edit. `make bench-full` measures again. Alternatives run "
         "interleaved in one process (A B C A B C); a ratio is taken within each repeat, between runs that stood side "
-        "by side. Figures are medians over the repeats, in brackets the quartiles.",
+        f"by side. {INTERVALS}",
         "",
     ]
     for name, files in machines.items():
@@ -125,7 +129,8 @@ def _ratio(ratio: harness.Spread) -> str:
 
 
 def _verdict(bar: Bar, ratio: harness.Spread) -> str:
-    return "met" if bar.is_met(ratio) else "**missed**"
+    verdict = bar.verdict(ratio)
+    return f"**{verdict}**" if verdict == MISSED else verdict
 
 
 def bench_rows(document: Document, picture: Path, page: Path) -> Iterator[str]:

@@ -174,7 +174,9 @@ def running(
 
 
 def _environment(cores: Cores | None) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
+    # Servers run as their users run them: none of the caller's settings for vLLM, threads, and glibc's allocator, which
+    # with high thresholds never gives memory back.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_", "MALLOC_"))}
     bound = "nobind" if cores is None else ",".join(map(str, cores.engine))
     threads = {} if cores is None else {"OMP_NUM_THREADS": str(len(cores.engine))}
     return kept | threads | {

@@ -27,6 +27,7 @@ class Directories:
     """Members of one cost, on disk.
 
     fused        refers to the others
+    fused_tiny   refers to the zoo's own small members, as they are
     parameters   member -> how many it has
     """
 
@@ -34,6 +35,7 @@ class Directories:
     base: Path
     expert: Path
     fused: Path
+    fused_tiny: Path
     parameters: dict[str, int]
 
 
@@ -46,8 +48,12 @@ def write_members(folder: Path, strong: int, small: int, dtype: str = "bfloat16"
     }
     with quiet_bars():
         fused = FusedCausalLM.from_members(folder / "strong", folder / "base", {EXPERT: folder / "expert"})
+        tiny = FusedCausalLM.from_members("zoo:strong", "zoo:small", {EXPERT: f"zoo:small/{EXPERT}"})
     fused.save_pretrained(folder / "fused")
-    return Directories(folder / "strong", folder / "base", folder / "expert", folder / "fused", parameters)
+    tiny.save_pretrained(folder / "fused-tiny")
+    return Directories(
+        folder / "strong", folder / "base", folder / "expert", folder / "fused", folder / "fused-tiny", parameters
+    )
 
 
 def _write(target: Path, name: str, parameters: int, blocks: int, dtype: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.report import bar_rows, bench_rows, renewed
+from bench.report import INTERVALS, bar_rows, bench_rows, renewed
 from bench.serving import BARS
 from trimtab.core.errors import InputError, TrimtabError
 
@@ -28,6 +28,8 @@ def section(folder: Path, page: Path) -> Iterator[str]:
     yield ""
     if file is not None:
         document = harness.read_json(file)
+        yield INTERVALS
+        yield ""
         yield from bar_rows({"serving": document}, BARS)
         yield _machine(document)
         yield ""

@@ -34,8 +34,15 @@ def test_an_arm_may_time_itself():
 def test_spread_is_median_and_quartiles():
     assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == harness.Spread(3.0, 2.0, 4.0, 5)
     assert spread([4.0]) == harness.Spread(4.0, 4.0, 4.0, 1)
-    assert spread([2.0, 2.1, 2.2]).text() == "2.10 (2.05 – 2.15)"
+    assert spread([2.0, 2.1, 2.2, 2.3, 2.4]).text() == "2.20 (2.10 – 2.30)"
     assert spread([2.0]).text() == "2.00"
+
+
+def test_a_few_repeats_show_the_least_and_the_largest():
+    assert spread([1.0, 3.0, 2.0]) == harness.Spread(2.0, 1.0, 3.0, 3)
+    assert spread([0.94, 1.24]).text() == "1.09 (0.94 – 1.24)"
+    few, many = (case_of({"A": records(*values)}) for values in ([1.0, 2.0], [1.0, 2.0, 3.0, 4.0]))
+    assert [harness.interval_of(case) for case in (few, many)] == ["least – largest", "quartiles"]
 
 
 def test_a_slow_minute_moves_both_sides_of_a_ratio():
@@ -76,7 +83,10 @@ def test_tables_and_plots(tmp_path, capsys):
     findings = Findings("Title", {}, [case_of(runs, beside=("drafted",), left_out={"C": "too long"})], ["a note"])
     harness.show(findings)
     shown = capsys.readouterr().out
-    assert all(part in shown for part in ("batch 1", "2.50 (2.25 – 2.75)", " 7 ", "–", "C: too long", "a note"))
+    assert all(
+        part in shown
+        for part in ("batch 1", "2.50 (2.00 – 3.00)", "least – largest", " 7 ", "–", "C: too long", "a note")
+    )
 
 
 def test_every_case_with_a_reference_has_its_panel(tmp_path):

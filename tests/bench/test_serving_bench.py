@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.bars import MET, MISSED
 from bench.harness import Findings, Options, ratios
 from bench.served_members import EXPERT, level
 from bench.serving import Form, Load
@@ -54,6 +55,10 @@ def test_members_are_written_with_a_fused_directory_over_them(tmp_path):
     ids = torch.arange(2, 20).unsqueeze(0)
     small = FusedCausalLM.from_members("zoo:strong", "zoo:small", {EXPERT: f"zoo:small/{EXPERT}"}, dtype=torch.float32)
     torch.testing.assert_close(fused(ids).logits, small(ids).logits, atol=1e-3, rtol=1e-3)
+    tiny = FusedCausalLM.from_pretrained(found.fused_tiny, dtype=torch.float32)
+    assert tiny(ids).logits.equal(small(ids).logits)
+    expert = tiny.members.experts[EXPERT].model
+    assert count_parameters(expert) == count_parameters(load(f"small/{EXPERT}"))
 
 
 def test_sizes_that_would_narrow_a_model_are_refused():
@@ -75,14 +80,22 @@ def test_loads_rise_to_saturation():
 
 
 def test_times_add_up():
-    found = serving.predicted(rate(2.0, engine_itl_ms=6.0), rate(9.0, engine_itl_ms=1.0))
+    tiny = rate(11.0, engine_itl_ms=0.5)
+    found = serving.predicted(rate(2.0, engine_itl_ms=6.0), rate(9.0, engine_itl_ms=1.5), tiny)
     assert found == {"tokens_per_second": 1.5, "engine_itl_ms": 8.0}
+    assert serving.predicted(rate(2.0, engine_itl_ms=6.0), tiny, tiny)["tokens_per_second"] == 2.0
+
+
+def test_what_any_step_costs_counts_once():
+    fixed = 3.0
+    steps = [rate(2.0, engine_itl_ms=fixed + model) for model in (8.0, 2.0, 0.0)]
+    assert serving.predicted(*steps)["engine_itl_ms"] == fixed + 8.0 + 2.0 + 2.0
 
 
 def records(ours=0.9, drafted=3.0, load=serving.SATURATION):
-    """Arm -> load -> two runs; steps take 8, 4 and 4 ms, so 1 token/s is predicted of the strong one's 2."""
-    speeds = {serving.STRONG: 2.0, serving.SMALL: 9.0, serving.OURS: ours}
-    step = {serving.STRONG: 8.0, serving.SMALL: 4.0}
+    """Arm -> load -> two runs; models take 7, 4 and 4 of 8, 5 and 5 ms, so 1 token/s is predicted of the strong 2."""
+    speeds = {serving.STRONG: 2.0, serving.SMALL: 9.0, serving.TINY: 9.0, serving.OURS: ours}
+    step = {serving.STRONG: 8.0, serving.SMALL: 5.0, serving.TINY: 1.0}
     return {
         arm: {load: [rate(times * speed, engine_itl_ms=step.get(arm, 16.0)) for times in (1, 2)]}
         for arm, speed in (speeds | {serving.SPECULATED: drafted}).items()
@@ -102,9 +115,9 @@ def test_bars_judge_saturation_alone():
     cost, drafts = (bar.worst(document) for bar in serving.BARS)
     assert cost[1].median == pytest.approx(0.9)
     assert drafts[1].median == pytest.approx(1.5)
-    assert [bar.is_met(found[1]) for bar, found in zip(serving.BARS, (cost, drafts), strict=True)] == [True, True]
+    assert [bar.verdict(found[1]) for bar, found in zip(serving.BARS, (cost, drafts), strict=True)] == [MET, MET]
     missed = {"cases": [vars(saturated(0.8, 1.9))]}
-    assert [bar.is_met(bar.worst(missed)[1]) for bar in serving.BARS] == [False, False]
+    assert [bar.verdict(bar.worst(missed)[1]) for bar in serving.BARS] == [MISSED, MISSED]
 
 
 def test_an_arm_that_failed_is_left_out_of_cases_and_picture(tmp_path):
@@ -119,7 +132,7 @@ def test_an_arm_that_failed_is_left_out_of_cases_and_picture(tmp_path):
 def arrived():
     """A case in which clients set the pace; the small member is not asked there."""
     runs = records(load="half")
-    return serving.case_of(Load("half", 4, rate=2.0), runs | {serving.SMALL: {}}, FORM)
+    return serving.case_of(Load("half", 4, rate=2.0), runs | {serving.SMALL: {}, serving.TINY: {}}, FORM)
 
 
 def test_open_loops_are_judged_by_waits():
@@ -178,7 +191,8 @@ def test_the_section_holds_bars_figures_and_soak_between_its_marks(page, tmp_pat
         assert "of yesterday" not in text
     assert f"| {serving.BARS[0].claim} | ≥ 0.85 | 0.90 (0.90 – 0.90) | met | saturation |" in text
     assert "| 0.50 (0.50 – 0.50) | **missed** | saturation |" in text
-    assert "| ours, the expert drafts | 1.50 (1.25 – 1.75) |" in text
+    assert "| ours, the expert drafts | 1.50 (1.00 – 2.00) |" in text
+    assert report.INTERVALS in text
     assert "1,234 visits" in text
     assert "| memory afterwards | 1.010 of 900 MiB | <= 1.05 | held |" in text
     assert "mine" in text

@@ -36,6 +36,20 @@ def test_nonsense_is_of_both_kinds():
         json.loads(b"{")
 
 
+@pytest.mark.parametrize(
+    ("lines", "wrong"),
+    [
+        (['data: {"choices": []}', "", "data: [DONE]"], ""),
+        (['data: {"choices": []}', 'data: {"error": {"code": 500}}', "data: [DONE]"], '{"error": {"code": 500}}'),
+        (['data: {"choices": [{"text": "\\"error\\""}]}'], ""),
+        (['data: {"choices": [', "data: [DONE]"], '{"choices": ['),
+        (["event: message"], ""),
+    ],
+)
+def test_an_error_inside_a_stream_is_found(lines, wrong):
+    assert soak.error_of(lines) == wrong
+
+
 def test_blame_is_counted_and_the_first_is_told():
     tally = soak.Tally()
     for number in range(30):
