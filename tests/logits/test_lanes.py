@@ -20,6 +20,7 @@ from trimtab.logits.references import digest
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TARGETS = {"gpt2": ["c_attn", "c_proj"]}
 RANKS = {"a": 4, "b": 4, "c": 7, "d": 2}
+NEAR = 0.02
 
 
 def save_adapters(model, kind, folder, ranks=RANKS, **settings):
@@ -501,12 +502,109 @@ def test_hooks_keep_members_apart_or_are_refused():
     assert seen == [1]
 
 
+def patch(module):
+    """Puts a forward into a module, as accelerate does; returns it and how often it was called."""
+    calls, honest = [], module.forward
+
+    def forward(*args, **kwargs):
+        calls.append(args)
+        return 2 * honest(*args, **kwargs)
+
+    module.forward = forward
+    return forward, calls
+
+
+def test_a_forward_put_into_a_large_layer_is_called_and_stays():
+    base = tiny.make(seed=1, width=128)
+    model = FusedCausalLM.from_members(
+        tiny.make(seed=0), base, {"m": tiny.tuned(base, 3)}, tokenizer=tiny.make_tokenizer(), one_pass=False
+    )
+    layer, ids = base.model.layers[0].self_attn.q_proj, torch.tensor([[7, 8, 9]])
+    assert layer in model.reader.lanes[1]._body._forwards  # one of ours would stand in for it
+    before = model(ids).logits
+    forward, calls = patch(layer)
+    found = model(ids).logits
+    assert len(calls) == 1
+    assert vars(layer)["forward"] is forward
+    assert not torch.allclose(found, before, atol=1e-3)
+    del layer.forward
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_a_forward_that_is_put_there_while_a_lane_reads_stays():
+    layer = torch.nn.Linear(3, 3)
+    with linears.standing_in({layer: linears.FewRows(layer)}):
+        layer.forward = forward = lambda x: x
+    assert vars(layer)["forward"] is forward
+
+
+@pytest.mark.parametrize("place", ["lm_head", "model.layers.0.self_attn"], ids=["with weights", "without"])
+@pytest.mark.parametrize("kind", ["stacked", "adapters"])
+def test_forwards_put_into_modules_keep_members_apart_or_are_refused(tmp_path, kind, place):
+    model = fuse(one_pass=True) if kind == "stacked" else with_adapters(tmp_path, one_pass=True)
+    assert model.reader.lanes[1].kind == kind
+    ids, body = torch.tensor([[7, 8]]), model.members.base.model
+    before = model(ids).logits
+    forward, _ = patch(body.get_submodule(place))
+    with pytest.raises(BadSetting, match=r"(?s)has forwards that somebody has put into single mod.*one_pass=False"):
+        model(ids)
+    assert vars(body.get_submodule(place))["forward"] is forward
+    model.one_pass = "auto"
+    assert "it has forwards that somebody has put" in model.reader.lanes[1].reason
+    with pytest.raises(BadSetting, match="forwards that somebody has put into single modules"):
+        model.one_pass = True
+    del body.get_submodule(place).forward
+    model.one_pass = True
+    torch.testing.assert_close(model(ids).logits, before)
+
+
 def test_a_joint_forward_that_differs_is_not_used(monkeypatch):
     right = stacking.StackedNorm.__call__
     monkeypatch.setattr(stacking.StackedNorm, "__call__", lambda self, x: right(self, x) * 1.1)
     assert fuse().reader.lanes[1].reason == "a joint forward gives other logits"
     monkeypatch.setattr(stacking.StackedNorm, "__call__", lambda self, x: x.view(-1))
     assert "a joint forward fails" in fuse().reader.lanes[1].reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kind", ["stacked", "adapters"])
+def test_copies_that_get_one_anothers_weights_are_not_used(tmp_path, monkeypatch, kind, dtype):
+    """Also where one run differs from another by less than a joint forward may differ, as young adapters do."""
+    model = fuse(one_pass=False) if kind == "stacked" else with_adapters(tmp_path, one_pass=False)
+    math, facts = ("math", "facts") if kind == "stacked" else ("a", "b")
+    with torch.no_grad():
+        bring_near(model, math, facts, kind)
+    for body in model.bodies:
+        body.to(dtype)
+    model.one_pass = True  # an honest forward is used
+    assert model.reader.lanes[1].kind == kind
+    swap_the_first_two_experts(monkeypatch, kind)
+    monkeypatch.setattr(one_pass, "MOST_DIFFERENCE", dict.fromkeys(one_pass.MOST_DIFFERENCE, 10.0))
+    model.one_pass = "auto"
+    assert model.reader.lanes[1].reason == "a joint forward mixes its runs up"
+
+
+def bring_near(model, first, second, kind):
+    """The second expert becomes the first but for a few per cent of what that has learned."""
+    if kind == "stacked":
+        ours, theirs = (dict(model.members.experts[name].model.named_parameters()) for name in (first, second))
+        pairs = [(ours[name], theirs[name]) for name in ours]
+    else:
+        named = dict(model.members.base.model.named_parameters())
+        pairs = [(part, named[name.replace(f".{first}.", f".{second}.")]) for name, part in named.items()]
+    for ours, theirs in pairs:
+        theirs.copy_(ours + NEAR * (theirs - ours))
+
+
+def swap_the_first_two_experts(monkeypatch, kind):
+    """Each of the two gets the other's weights in a joint forward: runs 1 and 2 of the lane, behind the base."""
+    right = one_pass.Lane.read
+
+    def read(self, feeds, *rest):
+        found = right(self, feeds, *rest)
+        return found if self.kind != kind else [found[0], found[2], found[1], *found[3:]]
+
+    monkeypatch.setattr(one_pass.Lane, "read", read)
 
 
 def test_modules_of_unknown_kinds_keep_models_apart(monkeypatch):
@@ -592,6 +690,7 @@ def test_gradients_take_torchs_own_products(monkeypatch):
 
 
 def test_two_fused_models_share_stacked_members():
+    """Each reading by another of them copies the stack: the price of one memory for members that lie in two stacks."""
     base = tiny.make(seed=1)
     math, facts, strong = tiny.tuned(base, 10), tiny.tuned(base, 11), tiny.make(seed=0)
     options = {"tokenizer": tiny.make_tokenizer(), "one_pass": True}

@@ -13,16 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trimtab.logits.linears import (
-    StandIn,
-    changed,
-    hooks_of,
-    is_free,
-    linear,
-    quick_linears,
-    refuse_hooks,
-    standing_in,
-)
+from trimtab.logits.linears import Guard, StandIn, changed, linear, quick_linears, standing_in
 from trimtab.logits.lora import AdapterSwitch, switch_on
 from trimtab.logits.turns import turn_of
 from trimtab.logits.views import BUILDING, Watch, stack_
@@ -44,7 +35,7 @@ class AdapterRows:
             self._build_alone()
 
     def _build_alone(self) -> None:
-        self._hooks, switch = hooks_of([self._model]), switch_on(self._model)
+        self._guard, switch = Guard([self._model]), switch_on(self._model)
         layers = switch.layers if switch is not None else []
         adapted = {layer: AdaptedLinear(layer, self._adapters) for layer in layers}
         bases = {layer.base_layer for layer in layers}  # an adapted layer sees to its base itself
@@ -56,7 +47,7 @@ class AdapterRows:
         with turn_of(self._model):
             if not self._watch.is_current:
                 self._rebuild()
-            refuse_hooks(self._hooks)
+            self._guard.check()
             with standing_in(self._forwards):
                 return self._model(**inputs).logits  # type: ignore[no-any-return]
 
@@ -109,7 +100,7 @@ class AdaptedLinear(StandIn):
     def __init__(self, layer: Any, adapters: Sequence[str | None]) -> None:
         self._layer, self._copies = layer, len(adapters)
         self._base = layer.base_layer
-        self._is_linear = type(self._base) is nn.Linear and is_free(self._base)
+        self._is_linear = type(self._base) is nn.Linear
         # Adapters that sit elsewhere only leave this layer bare.
         factors = [layer.lora_A[name].weight if name in layer.lora_A else None for name in adapters]
         kinds: list[Any] = [None if factor is None else (factor.shape, factor.dtype) for factor in factors]
@@ -149,8 +140,6 @@ def why_not(switch: AdapterSwitch | None, adapters: Sequence[str | None]) -> str
     for layer in switch.layers:
         if type(layer) is not Linear:
             return f"an adapter sits on a layer of type {type(layer).__name__} ({type(layer).__module__})"
-        if not is_free(layer):
-            return "another library has put forwards of its own into the adapter layers"
         here = names & set(layer.lora_A)
         if here & set(getattr(layer, "lora_variant", {})):
             return "an adapter is of another kind than plain LoRA (DoRA, for example)"

@@ -10,7 +10,6 @@ matrix MKL does one or two rows at full speed; oneDNN, which torch also holds, d
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,20 +89,31 @@ def is_free(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), StandIn | None)  # another thread may be reading just now
 
 
-def hooks_of(models: Iterable[nn.Module]) -> list[Mapping[int, Any]]:
-    """The tables of forward hooks of all modules, to be looked at again later; empty as long as there is no hook."""
-    modules = [module for model in models for module in model.modules()]
-    return [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
+class Guard:
+    """Notices who listens to some models, or computes in their place: hooks, and forwards put into single modules."""
 
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        self._modules = [module for model in models for module in model.modules()]
+        # The tables themselves, which are empty as long as there is no hook: to look into them costs little.
+        self._hooks = [hooks for own in self._modules for hooks in (own._forward_hooks, own._forward_pre_hooks)]
 
-def refuse_hooks(tables: Iterable[Mapping[int, Any]]) -> None:
-    """Raises BadSetting when somebody has hooked in: he would see the rows of several runs at once, or none."""
-    if any(tables):
-        raise BadSetting(
-            "a small member has forward hooks, but several are read in one forward.",
-            "A hook would see the rows of all of them, or none.",
-            "set one_pass=False on the fused model.",
-        )
+    @property
+    def finding(self) -> str:
+        """What keeps the models from being read in one forward; empty when nothing does."""
+        if any(self._hooks):
+            return "forward hooks"
+        if any("forward" in vars(module) and not is_free(module) for module in self._modules):
+            return "forwards that somebody has put into single modules"
+        return ""
+
+    def check(self) -> None:
+        """Raises BadSetting when there is somebody: he would meet the rows of several runs at once, or none."""
+        if found := self.finding:
+            raise BadSetting(
+                f"a small member has {found}, but several are read in one forward.",
+                "They would meet the rows of all of them, or none.",
+                "set one_pass=False on the fused model.",
+            )
 
 
 def changed(reason: str) -> BadSetting:
@@ -117,12 +127,17 @@ def changed(reason: str) -> BadSetting:
 
 @contextmanager
 def standing_in(forwards: Mapping[nn.Module, StandIn]) -> Iterator[None]:
-    """Modules compute with these forwards within the block, and are as they were after it; see `turns` for threads."""
-    for module, forward in forwards.items():
+    """Modules compute with these forwards within the block, and are as they were after it; see `turns` for threads.
+
+    A module into which somebody else has put a forward in the meantime keeps that one.
+    """
+    taken = {module: forward for module, forward in forwards.items() if is_free(module)}
+    for module, forward in taken.items():
         # Past nn.Module.__setattr__, which takes longer; a forward of the instance goes before the class's.
         vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module in forwards:
-            del vars(module)["forward"]
+        for module, forward in taken.items():
+            if vars(module).get("forward") is forward:
+                del vars(module)["forward"]

@@ -16,18 +16,18 @@ from trimtab.core.errors import BadSetting
 from trimtab.logits import adapter_rows, stacking
 from trimtab.logits.adapter_rows import AdapterRows
 from trimtab.logits.lanes import Feed, Lane, OneModel
-from trimtab.logits.linears import hooks_of
+from trimtab.logits.linears import Guard
 from trimtab.logits.lora import switch_on
 from trimtab.logits.members import Member
 from trimtab.logits.stacking import Stack
 
 OnePass = bool | str  # True, False, "auto"
-CHOICES: tuple[OnePass, ...] = ("auto", True, False)
 # Stacking saves the start of each operation and no byte that is read: measured by `python -m bench onepass`.
 STACKING_PAYS_BYTES = 2**24  # parameters of one member
-# The joint logits of a probe may differ from the separate ones by so much of the largest.
-MOST_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-MOST_DIFFERENCE_NARROW = 0.1
+# The joint logits of a probe may differ from the separate ones by so much of the largest, at these number types.
+MOST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Runs that differ by less than so many times the number type's step, of their norm, count as the same.
+SAME_STEPS = 2
 
 
 def check(one_pass: Any) -> OnePass:
@@ -116,12 +116,13 @@ class LanePlan:
             joint = _probe(lane)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             return f"a joint forward fails: {error}"
-        for place, found in zip(lane.runs, joint, strict=True):
-            alone = _probe(self._alone(place))[0]
-            most = MOST_DIFFERENCE.get(alone.dtype, MOST_DIFFERENCE_NARROW) * float(alone.abs().max())
-            if not float((found - alone).abs().max()) <= most:
-                return "a joint forward gives other logits"
-        return ""
+        alone = [_probe(self._alone(place))[0] for place in lane.runs]
+        dtype = lane.members[0].model.dtype
+        most = MOST_DIFFERENCE.get(dtype, MOST_DIFFERENCE[torch.bfloat16])
+        if not all(_largest(found - own) <= most * _largest(own) for found, own in zip(joint, alone, strict=True)):
+            return "a joint forward gives other logits"
+        same = SAME_STEPS * torch.finfo(dtype).eps
+        return "a joint forward mixes its runs up" if _are_mixed_up(joint, alone, same) else ""
 
 
 def _architecture(run: Member) -> Hashable:
@@ -132,10 +133,10 @@ def _architecture(run: Member) -> Hashable:
 def _why_not_any(models: Sequence[Any]) -> str:
     """What keeps models from being read in one forward, whichever way; empty when nothing does."""
     model = models[0]
-    if any(hooks_of(models)):
-        return "it has forward hooks"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model is spread over several devices"
+    if found := Guard(models).finding:
+        return f"it has {found}"
     if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
         return "the model remembers in another way than by attention"
     return ""
@@ -158,7 +159,25 @@ def _probe(lane: Lane) -> list[Tensor]:
     first = Feed(ids[:, :2], mask[:, :2], positions[:, :2], 2)
     last = Feed(ids[:, 2:], mask, positions[:, 2:], 3)
     parts = [lane.read([feed] * len(lane.runs), view) for feed in (first, last)]
-    return [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
+    joined = [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
+    return [logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in joined]
+
+
+def _largest(logits: Tensor) -> float:
+    return float(logits.abs().max())
+
+
+def _are_mixed_up(joint: Sequence[Tensor], alone: Sequence[Tensor], same: float) -> bool:
+    """Whether any run's joint logits are as near to another run's own as to its own, where those two differ.
+
+    same    they do not where they differ by less than this share of their norm: rounding then decides which is nearer
+    """
+    for found, own in zip(joint, alone, strict=True):
+        others = [other for other in alone if float((other - own).norm()) > same * float(own.norm())]
+        away = float((found - own).norm())
+        if any(float((found - other).norm()) <= away for other in others):
+            return True
+    return False
 
 
 def _demand_joint(alone: Sequence[Lane]) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.logits.linears import StandIn, changed, hooks_of, is_free, linear, refuse_hooks, standing_in
+from trimtab.logits.linears import Guard, StandIn, changed, linear, standing_in
 from trimtab.logits.turns import turn_of
 from trimtab.logits.views import BUILDING, Watch, stack_
 
@@ -26,7 +26,12 @@ MANY_MULTIPLICATIONS = 2**20  # per copy: from here on products one by one are t
 
 
 class Stack:
-    """The body of a lane whose runs are different models of equal architecture."""
+    """The body of a lane whose runs are different models of equal architecture.
+
+    A weight lies in one stack at a time. Two fused models that share members, but stack them with others, take them
+    from one another whenever they are read in turn: each time all weights of the stack are copied. Where two such
+    models take turns often, one of them is better set to one_pass=False.
+    """
 
     def __init__(self, models: Sequence[Any]) -> None:
         self._models = list(models)
@@ -37,7 +42,7 @@ class Stack:
             self._build_alone()
 
     def _build_alone(self) -> None:
-        self._hooks = hooks_of(self._models)
+        self._guard = Guard(self._models)
         frame, parameters = self._models[0], [dict(model.named_parameters()) for model in self._models]
         # A matrix that is tied to another is one parameter and is stacked once.
         self._stacks = {name: stack_([own[name] for own in parameters]) for name in parameters[0]}
@@ -53,7 +58,7 @@ class Stack:
         with turn_of(frame):
             if not self._watch.is_current:
                 self._rebuild()
-            refuse_hooks(self._hooks)
+            self._guard.check()
             with standing_in(self._forwards):
                 return frame(**inputs).logits  # type: ignore[no-any-return]
 
@@ -211,8 +216,6 @@ def why_not(model: Any) -> str:
     for module in _holders(model):
         if _maker(module) is None:
             return f"there is no stacked form of {type(module).__name__}"
-        if not is_free(module):
-            return "another library has put forwards of its own into the model"
     return ""
 
 
