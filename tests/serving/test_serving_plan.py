@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import tomllib
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from trimtab.core.errors import (
     VocabularyMismatch,
 )
 from trimtab.logits import saving
+from trimtab.logits.members import load_model
 from trimtab.logits.strategy import make_strategy
 from trimtab.serving import plugin
 from trimtab.serving.drafting import DRAFTER_ARCHITECTURE, drafter_directory, speculative_config, translated
@@ -144,6 +146,20 @@ def test_a_merged_adapter_gives_the_logits_of_the_adapter(folder):
     assert (found - base).abs().max() > 0.1
 
 
+def test_merging_holds_one_copy_of_the_base_at_a_time(folder, monkeypatch):
+    made = []
+
+    def noted(*args):
+        assert all(model() is None for model in made)
+        model = load_model(*args)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("trimtab.serving.merging.load_model", noted)
+    with merged("facts", folder / "base", folder / "adapter"):
+        assert len(made) == 2
+
+
 def test_a_model_without_adapter_is_not_copied(folder):
     with merged("math", folder / "math", None) as directory:
         assert directory == folder / "math"
@@ -253,7 +269,7 @@ def test_settings_of_speculation_are_translated(folder):
     save(folder, {"facts": "adapter", "math": "math"}, "told", speculate=5)
     stored = translated(folder / "told")
     assert stored.config == speculative_config(folder / "told", "math", tokens=5)
-    assert stored.remark == "'math' drafts 5 tokens at a time, in the place of 'lately': vLLM keeps one drafter."
+    assert stored.remark == "'math' drafts 5 tokens at a time, in the place of 'auto': vLLM keeps one drafter."
     assert translated(folder / "told", draft="facts").config == speculative_config(folder / "told", "facts", tokens=5)
     assert translated(folder / "told", 2, "base").remark == "'base' drafts 2 tokens at a time."
     assert translated(folder / "told", draft="prompt").config["method"] == "ngram"

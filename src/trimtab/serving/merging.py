@@ -3,6 +3,7 @@
 Source: Hu et al. 2021, LoRA, arXiv 2106.09685, section 4.1: W + s B A has the shape of W, so it costs nothing to run.
 """
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,13 +35,11 @@ def _merge(name: str, directory: Path, adapter: Path, target: Path) -> None:
     import peft
     import torch
 
-    lora.read_config(name, adapter)  # refuses what is no adapter of weights
-    # In float32: a sum rounded to a narrow type would lose most of a small delta. The engine rounds it once, at load.
-    model = load_model(name, directory, torch.float32)
-    lora.AdapterSwitch(model).attach(name, adapter)  # refuses an adapter that does not fit, or lacks weights
+    _check(name, directory, adapter)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what peft says about merging concerns training
+            # In float32: a sum rounded to a narrow type would lose most of a small delta. The engine rounds it once.
             plain = load_model(name, directory, torch.float32)
             whole = peft.PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -54,3 +53,14 @@ def _merge(name: str, directory: Path, adapter: Path, target: Path) -> None:
     whole.save_pretrained(target)
     if not any(target.glob("*.safetensors")):
         raise UnreadableModel(f"merging the adapter '{name}' wrote no weights.", fix="merge it by hand, then fuse.")
+
+
+def _check(name: str, directory: Path, adapter: Path) -> None:
+    """Raise for an adapter that does not fit, or lacks weights; the model that it is tried on is gone afterwards."""
+    import torch
+
+    lora.read_config(name, adapter)  # refuses what is no adapter of weights
+    model = load_model(name, directory, torch.bfloat16)  # what fits is a matter of names and shapes
+    lora.AdapterSwitch(model).attach(name, adapter)
+    del model
+    gc.collect()  # peft's layers and the model hold one another

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.transformers_utils.config import get_config
@@ -26,6 +25,8 @@ from trimtab.serving.merging import merged
 from trimtab.serving.plan import Body, check_body, check_complete, make_plan
 from trimtab.serving.rows import draft_rows, fuse_rows
 
+LOAD_FORMATS = ("auto", "safetensors")
+
 
 class FusedForVllm(nn.Module):
     """Strong + strategy(experts - base); registered for the architecture that a fused directory names."""
@@ -34,6 +35,7 @@ class FusedForVllm(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        _refuse_other_formats(vllm_config.load_config)
         fused = vllm_config.model_config
         self.plan = make_plan(fused.hf_config, _local(fused.model))
         self.load_config = vllm_config.load_config
@@ -101,13 +103,9 @@ class FusedForVllm(nn.Module):
         weights   those of the fused directory: it holds references and no weights, so they are not asked for
         raises    UnreadableModel when weights of a member are missing
         """
-        loader = get_model_loader(self.load_config)
-        if not isinstance(loader, DefaultModelLoader):
-            raise BadSetting(
-                f"load_format is '{self.load_config.load_format}'.",
-                "Members are read from safetensors, each from its own directory.",
-                "leave load_format out.",
-            )
+        only = copy.copy(self.load_config)
+        only.load_format = "safetensors"  # "auto" would go on to pickles where it finds none
+        loader = DefaultModelLoader(only)
         filled = set()
         for body, model in zip(self.plan.bodies, self.bodies, strict=True):
             config = copy.copy(self.configs[body.key])
@@ -118,6 +116,16 @@ class FusedForVllm(nn.Module):
             check_complete(body, names, loaded)
             filled |= {f"{body.key}.{name}" for name in names}
         return filled
+
+
+def _refuse_other_formats(load_config: Any) -> None:
+    """`pt` and `npcache` open pickles, which may run code; others know one directory only, or read nothing at all."""
+    if load_config.load_format not in LOAD_FORMATS:
+        raise BadSetting(
+            f"load_format is '{load_config.load_format}'.",
+            "Members are read from safetensors, each from its own directory.",
+            "leave load_format out.",
+        )
 
 
 def _refuse_unlike_windows(vllm_config: VllmConfig) -> None:
