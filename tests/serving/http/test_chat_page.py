@@ -107,6 +107,67 @@ def test_texts_are_texts_and_troubles_are_told(page, server) -> None:
     assert page.title() == "trimtab chat"
 
 
+def posted(page) -> list[list[dict[str, str]]]:
+    """The messages of every chat request from now on, as they are sent."""
+    found: list[list[dict[str, str]]] = []
+
+    def note(asked) -> None:
+        if asked.url.endswith("/chat/completions"):
+            found.append(asked.post_data_json["messages"])
+
+    page.on("request", note)
+    return found
+
+
+def test_a_new_chat_leaves_an_answer_that_still_streams_behind(page, server) -> None:
+    sent = posted(page)
+    page.evaluate(NEVER_ENDING)
+    page.locator("#question").fill("Who lives in the north?")
+    page.locator("#question").press("Enter")
+    page.wait_for_selector(".turn.assistant .token")
+    assert page.locator("#send").text_content() == "Stop"
+    page.locator("#fresh").click()
+    assert page.locator("#send").text_content() == "Send"
+    assert page.locator(".turn").count() == 0
+    answer = ask(page)
+    assert answer.locator(".text").text_content() == wanted(server)[0]
+    assert sent[1] == [{"role": "user", "content": QUESTION}]
+    ask(page, "And now?")
+    assert [message["role"] for message in sent[2]] == ["user", "assistant", "user"]
+
+
+def test_a_question_that_was_refused_is_not_asked_again(page, server) -> None:
+    sent = posted(page)
+    page.locator("#longest").fill("4000")
+    assert ask(page, "Too long?").locator(".note.bad").count() == 1
+    page.locator("#longest").fill("8")
+    ask(page)
+    assert sent[1] == [{"role": "user", "content": QUESTION}]
+
+
+# The next answer to a chat arrives as it comes, and then the connection stays open until the page gives it up.
+NEVER_ENDING = """() => {
+  const real = window.fetch;
+  window.fetch = async (url, options) => {
+    const response = await real(url, options);
+    if (!url.includes("chat/completions")) return response;
+    window.fetch = real;
+    const reader = response.body.getReader();
+    return new Response(new ReadableStream({
+      start(controller) {
+        options.signal.addEventListener("abort", () => controller.error(new DOMException("left", "AbortError")));
+      },
+      async pull(controller) {
+        const { done, value } = await reader.read();
+        if (done) return new Promise(() => {});
+        // The word that says that all has come is kept back too.
+        controller.enqueue(new TextEncoder().encode(new TextDecoder().decode(value).replace("data: [DONE]", "")));
+      },
+    }));
+  };
+}"""
+
+
 def test_without_a_key_the_page_asks_for_it(browser, server) -> None:
     page = browser.new_page()
     page.goto(f"{server.root}/")
