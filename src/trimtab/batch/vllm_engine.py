@@ -13,6 +13,7 @@ from trimtab.batch.answering import Job
 from trimtab.batch.requests import Sampling
 from trimtab.batch.responses import TokenScore, Written
 from trimtab.batch.rows import BrokenWorker
+from trimtab.core.errors import BadSetting, TrimtabError
 from trimtab.logits import vocabulary
 
 # Read by vLLM when it is imported. Two workers that bind their threads would bind them to the same processors.
@@ -24,6 +25,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_NO_USAGE_STATS": "1",
 }
+WHOLE = ("stop", "length")  # how a text ends that is as it was asked for
+LONGEST_MESSAGE = 500  # characters of what vLLM says about a request
 
 
 class VllmEngine:
@@ -59,30 +62,72 @@ class VllmEngine:
         return len(job.token_ids)
 
     def write(self, jobs: Sequence[Job]) -> list[list[Written] | Exception]:
-        """For each job its n texts.
+        """For each job its n texts; BadSetting for what vLLM refuses, TrimtabError for what it gave up.
 
         raises    BrokenWorker where the engine fails: what it still held would get into later answers
         """
-        found: dict[int, list[Written] | Exception] = {}
-        valid: list[tuple[int, Any, Any]] = []
-        for place, job in enumerate(jobs):
-            try:
-                valid.append((place, {"prompt_token_ids": list(job.token_ids)}, _params(job.sampling)))
-            except (ValueError, TypeError) as error:
-                found[place] = error
-        if valid:
-            places, prompts, params = zip(*valid, strict=True)
-            try:
-                outputs = self._llm.generate(list(prompts), list(params), use_tqdm=False)
-            except Exception as error:
-                raise BrokenWorker(f"vLLM failed: {type(error).__name__}: {error}") from error
-            for place, output in zip(places, outputs, strict=True):
-                found[place] = [_written(text, jobs[place].sampling) for text in output.outputs]
-        return [found[place] for place in range(len(jobs))]
+        refusals = [self._enqueue(job) for job in jobs]
+        try:
+            outputs = self._llm.wait_for_completion(use_tqdm=False)
+        except Exception as error:
+            raise _broken(error) from error
+        assert len(outputs) == refusals.count(None), "vLLM answers each request that it took"
+        found = iter(outputs)
+        return [
+            _answer(job.sampling, next(found).outputs) if refusal is None else refusal
+            for job, refusal in zip(jobs, refusals, strict=True)
+        ]
+
+    def _enqueue(self, job: Job) -> BadSetting | None:
+        """Hands a job over; returns why vLLM does not take it.
+
+        One at a time, so that a job that is refused leaves the others together: outputs come in the order of those
+        that were taken.
+        """
+        from vllm.exceptions import VLLMClientError
+
+        engine = self._llm.llm_engine
+        held = engine.get_num_unfinished_requests()
+        try:
+            self._llm.enqueue({"prompt_token_ids": list(job.token_ids)}, _params(job.sampling), use_tqdm=False)
+        except (VLLMClientError, ValueError, TypeError, OverflowError) as error:
+            if engine.get_num_unfinished_requests() != held:  # half taken: it would be waited for without end
+                raise _broken(error) from error
+            return BadSetting(
+                f"vLLM refuses the request: {_cut(str(error))}", "It is checked before anything is written.", "mend it."
+            )
+        except Exception as error:
+            raise _broken(error) from error
+        return None
+
+
+def _broken(error: Exception) -> BrokenWorker:
+    return BrokenWorker(f"vLLM failed: {type(error).__name__}: {error}")
+
+
+def _cut(text: str) -> str:
+    """Some of vLLM's messages repeat the whole request."""
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
+
+
+def _answer(sampling: Sampling, outputs: Sequence[Any]) -> list[Written] | TrimtabError:
+    """The texts of a job, or why one of them is not whole."""
+    reason = next((output.finish_reason for output in outputs if output.finish_reason not in WHOLE), None)
+    if reason is None:
+        return [_written(output, sampling) for output in outputs]
+    if reason == "error" and sampling.schema is not None:
+        return BadSetting(
+            "response_format cannot be met: vLLM can make no grammar of it, or one that allows no token.",
+            "Expected: a schema that some text follows.",
+            "correct it.",
+        )
+    return TrimtabError(
+        f"vLLM ended a text with '{reason}'.", "A whole text ends with 'stop' or 'length'.", "ask for it again."
+    )
 
 
 def _params(sampling: Sampling) -> Any:
-    """vLLM's own settings; raises ValueError for what it refuses."""
+    """vLLM's own settings; raises VLLMValidationError, ValueError or TypeError for what it refuses."""
     import json
 
     from vllm import SamplingParams
