@@ -8,6 +8,7 @@ import torch
 
 from trimtab import make_strategy
 from trimtab.core.errors import TrimtabError
+from trimtab.serving.requests import read_settings
 from trimtab.serving.worker import BatchRows, key_of
 
 STRATEGY = make_strategy("dynamic", expert_names=("math", "facts"))
@@ -38,18 +39,18 @@ def test_rows_that_are_sampled_from_belong_to_one_request_each() -> None:
     owners = rows.of(torch.zeros(3, WIDTH))
     assert [asked.alpha for asked in owners.settings] == [1.0, 0.5, 1.0]
     assert owners.settings[2].experts == ("math",)
-    assert list(owners.keys) == [None, "trimtab:t#0", None]
+    assert list(owners.keys) == [None, ("trimtab:t", 0), None]
     assert list(owners.positions) == [103, 104, 108]
     assert list(owners.is_counted) == [True, True, False]  # the last one's prompt is not read to its end
 
 
 def test_with_drafts_a_request_has_a_row_per_drafted_token_and_one_more() -> None:
-    runner = runner_of([{"alpha": 0.1}, {"alpha": 0.2, "trace": "trimtab:t", "n": 2}], [0, 3, 4])
+    runner = runner_of([{"alpha": 0.1}, {"alpha": 0.2, "trace": "trimtab:t*", "n": 2}], [0, 3, 4])
     rows = BatchRows(runner, STRATEGY)
     runner._prepare_inputs((torch.arange(4), SimpleNamespace(num_draft_tokens=[2, 0]), 3))
     owners = rows.of(torch.zeros(4, WIDTH))
     assert [asked.alpha for asked in owners.settings] == [0.1, 0.1, 0.1, 0.2]
-    assert list(owners.keys) == [None, None, None, "trimtab:t#1"]
+    assert list(owners.keys) == [None, None, None, ("trimtab:t", 1)]
 
 
 def test_rows_of_prompts_are_told_by_where_they_lie_in_the_step() -> None:
@@ -81,6 +82,38 @@ def test_settings_that_came_by_another_way_do_not_end_the_engine(caplog) -> None
     assert "no expert 'nobody'" in caplog.text
 
 
+def test_settings_are_read_once_per_request_and_forgotten_with_it(monkeypatch) -> None:
+    read = []
+
+    def noted(given, present):
+        read.append(given["alpha"])
+        return read_settings(given, present)
+
+    monkeypatch.setattr("trimtab.serving.worker.read_settings", noted)
+    runner = runner_of([{"alpha": 0.1}, {"alpha": 0.2}], [0, 4, 5])
+    rows = BatchRows(runner, STRATEGY)
+
+    def step() -> list[float]:
+        runner._prepare_inputs((torch.tensor([3, 4]), None, 1))
+        return [asked.alpha for asked in rows.of(torch.zeros(2, WIDTH)).settings]
+
+    assert step() == step() == [0.1, 0.2]
+    assert read == [0.1, 0.2]
+    # A request that goes on with other parameters keeps its name.
+    runner.requests["r0"].sampling_params = SimpleNamespace(extra_args={"alpha": 0.3})
+    assert step() == [0.3, 0.2]
+    # One that has ended is forgotten, and another may come under its name.
+    gone = runner.requests.pop("r1")
+    runner.input_batch = SimpleNamespace(req_ids=["r0"], num_reqs=1)
+    runner._prepare_inputs((torch.tensor([3]), None, 1))
+    assert set(rows._known) == {"r0"}
+    runner.requests["r1"] = gone
+    runner.input_batch = SimpleNamespace(req_ids=["r0", "r1"], num_reqs=2)
+    assert step() == [0.3, 0.2]
+    assert read == [0.1, 0.2, 0.3, 0.2]
+
+
 def test_choices_have_keys_of_their_own() -> None:
-    assert key_of("t", "cmpl-1_2-abc") == "t#0"
-    assert key_of("t", "3_cmpl-1_2-abc") == "t#3"
+    assert key_of("t", "cmpl-1_2-abc") == ("t", 0)
+    assert key_of("t*", "3_cmpl-1_2-abc") == ("t", 3)
+    assert key_of("t", "3_a-name-that-a-client-chose") == ("t", 0)

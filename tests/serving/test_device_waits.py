@@ -4,10 +4,17 @@ The strategies run on tensors of the device "meta", which have shapes and no num
 that is not the CPU. Whoever asks such a tensor for a value fails. Copies between host and device, which wait as well,
 and operations whose result has a size that depends on values are noted one by one. So what passes here does the same
 work whatever the numbers: it may be captured in a CUDA graph, and never stops the queue of a device.
+
+Fusion with settings per request sends small tables to the device, such as which rows go together: by copies that do not
+wait, which are told apart from those that do.
 """
+
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,7 +22,9 @@ from trimtab.core.hermite import places
 from trimtab.logits.speculation.draft import drafter_for
 from trimtab.logits.strategy import make_strategy
 from trimtab.registry import AMOUNTS, CHOOSERS
+from trimtab.serving.requests import NOTHING_SET, RequestSettings
 from trimtab.serving.rows import draft_rows, fuse_rows
+from trimtab.serving.steering import RowOwners, Steering
 
 NAMES = ("math", "facts")
 ROWS, VOCAB = 5, 40
@@ -37,7 +46,8 @@ class Waits(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         if name in WAITING or any(part.dtype == torch.bool for part in self._indices(name, args)):
             self.found.append(name)
-        if isinstance(made, torch.Tensor) and any(self._is_moved(part, made) for part in flat):
+        is_queued = (kwargs or {}).get("non_blocking", False) and made.device.type != "cpu"
+        if isinstance(made, torch.Tensor) and not is_queued and any(self._is_moved(part, made) for part in flat):
             self.found.append(f"{name} from {flat[0].device} to {made.device}")
         return made
 
@@ -51,11 +61,28 @@ class Waits(TorchDispatchMode):
         return part.device != made.device and part.ndim > 0
 
 
+class Tables(TorchFunctionMode):
+    """Notes tables of the host's that are made on a device, or used as indices there: a copy that no kernel shows."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.tensor and str((kwargs or {}).get("device", "cpu")) != "cpu":
+            self.found.append("torch.tensor on a device")
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if args[0].device.type != "cpu" and any(isinstance(part, list) for part in index):
+                self.found.append("a list as index")
+        return func(*args, **(kwargs or {}))
+
+
 def waits(work, *shapes):
     """What of `work` would wait, on tensors of these shapes that lie on no device."""
     places(torch.float64, torch.device("meta"))  # a table that is made once and kept: that may wait
     tensors = [torch.empty(shape, device="meta") for shape in shapes]
-    with Waits() as noted:
+    with Waits() as noted, Tables(noted.found):
         work(tensors)
     assert noted.seen > 1
     return noted.found
@@ -87,6 +114,40 @@ def test_no_drafter_waits_for_the_device(rule):
     assert waits(lambda logits: draft_rows(logits, body_of, drafter, VOCAB), *shapes) == []
 
 
+SETTINGS = [
+    NOTHING_SET,
+    RequestSettings(0.5),
+    RequestSettings(experts=("facts",)),
+    RequestSettings(0.0, ("math",)),
+    RequestSettings(numbers=(("alpha_max", 0.2),)),
+]
+
+
+@dataclasses.dataclass
+class Mixed:
+    """Rows of unlike settings, the last of which are not counted; none is traced."""
+
+    settings: list[RequestSettings]
+
+    def of(self, hidden_states):
+        return RowOwners(self.settings, [None] * ROWS, [0] * ROWS, [True] * (ROWS - 2) + [False] * 2)
+
+
+@pytest.mark.parametrize("chooser", ["paper", "confident", "sum"])
+def test_no_mixture_of_settings_waits_for_the_device(chooser):
+    strategy = make_strategy("static" if chooser == "sum" else "dynamic", chooser, NAMES)
+    plan = SimpleNamespace(strategy=strategy, vocab_size=VOCAB, body_of=(0, 1, 2, 3))
+    # A fixed alpha is no number that a request may set.
+    settings = [dataclasses.replace(asked, numbers=()) if chooser == "sum" else asked for asked in SETTINGS]
+    steering = Steering(plan, Mixed(settings))
+
+    def work(logits):
+        assert steering.fuse(logits, logits[0]).shape == (ROWS, VOCAB)
+        assert steering.tally._sums
+
+    assert waits(work, *[(ROWS, VOCAB)] * 4) == []
+
+
 def plus(mistake):
     def work(logits):
         fuse_rows(logits, (0, 1, 2, 3), make_strategy("static", expert_names=NAMES), VOCAB)
@@ -108,6 +169,17 @@ ASKING = {
 def test_asking_the_device_fails(mistake):
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         waits(plus(ASKING[mistake]), *[(ROWS, VOCAB)] * 4)
+
+
+TABLES = {
+    "a list as index": lambda scores: scores[[2, 0]],
+    "torch.tensor on a device": lambda scores: scores + torch.tensor([1.0] * VOCAB, device=scores.device),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_the_host_are_noted(name):
+    assert waits(plus(TABLES[name]), *[(ROWS, VOCAB)] * 4) == [name]
 
 
 def test_copies_to_the_device_are_noted():

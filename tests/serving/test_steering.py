@@ -12,7 +12,7 @@ from trimtab.registry import AMOUNTS
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
 from trimtab.serving.steering import RowOwners, Steering, fuse_each
 from trimtab.serving.tally import KL_EDGES, Tally
-from trimtab.serving.traces import REQUESTS_KEPT, TraceBook
+from trimtab.serving.traces import REQUESTS_KEPT, TraceBook, TraceKey
 
 NAMES = ("math", "facts")
 ROWS, VOCAB = 7, 40
@@ -104,7 +104,8 @@ def steering_of(owners, strategy=None) -> Steering:
 def test_an_engine_fuses_counts_and_keeps(monkeypatch) -> None:
     strong, base, experts = members(4)
     logits = [torch.cat([part, torch.zeros(ROWS, 2)], dim=-1) for part in (strong, base, *experts)]  # padded vocabulary
-    keys = ["a", None, "a", "b", None, None, None]
+    a, b = TraceKey("a"), TraceKey("b", 2)
+    keys = [a, None, a, b, None, None, None]
     owners = RowOwners([RequestSettings(0.5)] * ROWS, keys, [4, 9, 5, 7, 0, 0, 0], [True] * 5 + [False] * 2)
     steering = steering_of(owners)
     whole = steering.fuse(logits, torch.zeros(ROWS, 1))
@@ -113,16 +114,16 @@ def test_an_engine_fuses_counts_and_keeps(monkeypatch) -> None:
     tally = steering.tally.to_dict()
     assert sum(sum(counts["buckets"]) for counts in tally["alpha"].values()) == 5
     same(sum(counts["sum"] for counts in tally["kl_nats"].values()), float(expected.kl_nats[:5].sum()))
-    steps = steering.traces.steps("a", 4)
+    steps = steering.traces.steps(a, 4)
     assert [step["kl_nats"] for step in steps] == pytest.approx(expected.kl_nats[[0, 2]].tolist())
     assert steps[0]["alpha"] == pytest.approx(dict(zip(NAMES, expected.alpha[:, 0].tolist(), strict=True)))
-    assert len(steering.traces.steps("b", 7)) == 1
+    assert len(steering.traces.steps(b, 7)) == 1
     # Some rows at a time it is the same.
     monkeypatch.setattr("trimtab.serving.rows.CHUNK_NUMBERS", VOCAB * 4 * 2)
     pieces = steering_of(owners)
     same(pieces.fuse(logits, torch.zeros(ROWS, 1)), whole)
     assert pieces.tally.to_dict()["alpha"]["math"]["buckets"] == tally["alpha"]["math"]["buckets"]
-    assert pieces.traces.steps("a", 4) == steps
+    assert pieces.traces.steps(a, 4) == steps
 
 
 def test_rows_of_nobody_are_fused_and_not_counted() -> None:
@@ -151,34 +152,60 @@ def test_the_tally_puts_values_under_the_edges_that_hold_them() -> None:
 
 def test_traces_of_the_latest_requests_are_kept_in_order_and_without_gaps() -> None:
     fusion = make_strategy("dynamic", expert_names=NAMES)(*members(7))
-    book = TraceBook(NAMES)
-    book.add(fusion, ["old"] + [None] * 6, [0] * ROWS)
-    book.add(fusion, ["x", "x", "x"] + [None] * 4, [3, 2, 5] + [0] * 4)
-    assert [step["kl_nats"] for step in book.steps("x", 2)] == pytest.approx(fusion.kl_nats[[1, 0]].tolist())
-    book.add(fusion, [None] * 6 + ["x"], [2] * ROWS)  # read again
-    assert book.steps("x", 2)[0]["kl_nats"] == pytest.approx(float(fusion.kl_nats[6]))
+    book, x = TraceBook(NAMES), TraceKey("x")
+    book.add(fusion, [TraceKey("old")] + [None] * 6, [0] * ROWS)
+    book.add(fusion, [x, x, x] + [None] * 4, [3, 2, 5] + [0] * 4)
+    assert [step["kl_nats"] for step in book.steps(x, 2)] == pytest.approx(fusion.kl_nats[[1, 0]].tolist())
+    book.add(fusion, [None] * 6 + [x], [2] * ROWS)  # read again
+    assert book.steps(x, 2)[0]["kl_nats"] == pytest.approx(float(fusion.kl_nats[6]))
     for number in range(REQUESTS_KEPT):
-        book.add(fusion, [f"new {number}"] + [None] * 6, [0] * ROWS)
-    assert book.steps("old", 0) == []
-    assert len(book.steps(f"new {REQUESTS_KEPT - 1}", 0)) == 1
+        book.add(fusion, [TraceKey(f"new {number}")] + [None] * 6, [0] * ROWS)
+    assert book.steps(TraceKey("old"), 0) == []
+    assert len(book.steps(TraceKey(f"new {REQUESTS_KEPT - 1}"), 0)) == 1
+
+
+def test_all_choices_of_a_request_count_as_one_request() -> None:
+    fusion = make_strategy("dynamic", expert_names=NAMES)(*members(7))
+    book = TraceBook(NAMES)
+    book.add(fusion, [TraceKey("other")] + [None] * 6, [0] * ROWS)
+    for choice in range(2 * REQUESTS_KEPT):
+        book.add(fusion, [TraceKey("one", choice)] + [None] * 6, [0] * ROWS)
+    assert len(book.steps(TraceKey("other"), 0)) == 1
+    assert all(len(book.steps(TraceKey("one", choice), 0)) == 1 for choice in range(2 * REQUESTS_KEPT))
+
+
+def test_a_dropped_request_that_goes_on_does_not_come_back(monkeypatch) -> None:
+    monkeypatch.setattr("trimtab.serving.traces.REQUESTS_KEPT", 2)
+    fusion = make_strategy("dynamic", expert_names=NAMES)(*members(7))
+    book, keys = TraceBook(NAMES), [TraceKey(name) for name in "abc"]
+    for position in range(3):  # three at a time, where there is room for two
+        for key in keys:
+            book.add(fusion, [key] + [None] * 6, [position] * ROWS)
+    assert [len(book.steps(key, 0)) for key in keys] == [0, 3, 3]
+    assert book.steps(keys[0], 1) == []  # nor from the middle on
 
 
 def test_traces_take_bounded_room_however_long_the_texts_are(monkeypatch) -> None:
     monkeypatch.setattr("trimtab.serving.traces.ALL_POSITIONS_KEPT", 20)
     monkeypatch.setattr("trimtab.serving.traces.POSITIONS_KEPT", 14)
     fusion = make_strategy("dynamic", expert_names=NAMES)(*members(7))
-
-    def read(key: str, *starts: int) -> None:
-        for start in starts:
-            book.add(fusion, [key] * ROWS, range(start, start + ROWS))
-
     book = TraceBook(NAMES)
+
+    def read(key: str, *starts: int, choice: int = 0) -> None:
+        for start in starts:
+            book.add(fusion, [TraceKey(key, choice)] * ROWS, range(start, start + ROWS))
+
+    def kept(*keys: str) -> list[int]:
+        return [len(book.steps(TraceKey(key), 0)) for key in keys]
+
     read("a", 0, 0)  # read twice, counted once
     read("b", 0)
-    assert (len(book.steps("a", 0)), len(book.steps("b", 0))) == (7, 7)
+    assert kept("a", "b") == [7, 7]
     read("c", 0)
-    assert (len(book.steps("a", 0)), len(book.steps("b", 0)), len(book.steps("c", 0))) == (0, 7, 7)
+    assert kept("a", "b", "c") == [0, 7, 7]
     read("c", 7, 14)  # more than one request may have
-    assert (len(book.steps("b", 0)), len(book.steps("c", 0))) == (0, 14)
+    read("c", 0, choice=1)  # nor may its choices have more together
+    assert kept("b", "c") == [0, 14]
+    assert book.steps(TraceKey("c", 1), 0) == []
     read("d", 0)
-    assert (len(book.steps("c", 0)), len(book.steps("d", 0))) == (0, 7)
+    assert kept("c", "d") == [0, 7]

@@ -87,8 +87,15 @@ async def show_trace(request: Request, response_id: str) -> Response:
             f"no trace of '{response_id[:100]}' is kept. Expected: the id of an answer whose request had "
             '"vllm_xargs": {"trace": 1}, among the latest.'
         )
-        return JSONResponse({"error": {"message": message, "type": "NotFoundError", "code": 404}}, status_code=404)
+        return _refused(404, "NotFoundError", message)
+    if not any(choice["tokens"] or choice["is_whole"] for choice in choices):
+        message = f"the trace of '{response_id[:100]}' was dropped: there is room for the latest. Fetch it sooner."
+        return _refused(410, "GoneError", message)
     return JSONResponse({"id": response_id, "object": "trimtab.trace", "choices": choices})
+
+
+def _refused(status: int, kind: str, message: str) -> Response:
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
 
 
 async def show_page() -> Response:

@@ -132,7 +132,8 @@ def _trace(value: Any) -> str | None:
     raise BadSetting(f"'trace' is {_shown(value)}.", "Expected: 1 or 0.", 'for example "trace": 1.')
 
 
-TRACE_KEY = "trimtab:"  # what a request's trace is kept under, in the engine
+TRACE_KEY = "trimtab:"  # what a request's trace is kept under, in the engine, begins so
+SEVERAL = "*"  # and ends so where the request asks for several choices
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""Rows of logits fused each by the settings of its own request; what was done is counted, and kept where asked for."""
+"""Rows of logits fused each by the settings of its own request; what was done is counted, and kept where asked for.
+
+Fusing and counting never wait for the device, whatever the settings. Keeping does: a step with a traced request waits
+until its values are there, to copy them to the host.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +16,9 @@ from trimtab.core.divergence import kl_nats
 from trimtab.logits.strategy import Fusion, Strategy
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
 from trimtab.serving.rows import laws_of, parted
+from trimtab.serving.sending import sent
 from trimtab.serving.tally import Tally
-from trimtab.serving.traces import TraceBook
+from trimtab.serving.traces import TraceBook, TraceKey
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class RowOwners:
     """
 
     settings: Sequence[RequestSettings]
-    keys: Sequence[str | None]
+    keys: Sequence[TraceKey | None]
     positions: Sequence[int]
     is_counted: Sequence[bool]
 
@@ -103,11 +108,13 @@ def fuse_each(
         groups.setdefault(RequestSettings(asked.alpha, asked.experts, asked.numbers), []).append(row)
     if len(groups) == 1:
         return _fuse_alike(strong, base, experts, next(iter(groups)), present)
-    parts = []
-    for asked, members in groups.items():
-        rows = torch.tensor(members, device=strong.device)
-        parts.append(_fuse_alike(strong[rows], base[rows], experts[:, rows], asked, present))
-    back = torch.tensor([row for members in groups.values() for row in members], device=strong.device).argsort()
+    order = [row for members in groups.values() for row in members]
+    places = sent([order, sorted(range(len(order)), key=order.__getitem__)], strong.device)  # [there and back, row]
+    there, back = torch.split(places[0], [len(members) for members in groups.values()]), places[1]
+    parts = [
+        _fuse_alike(strong[rows], base[rows], experts[:, rows], asked, present)
+        for asked, rows in zip(groups, there, strict=True)
+    ]
     alphas = [part.alpha for part in parts if part.alpha is not None]
     return Fusion(
         log_probs=torch.cat([part.log_probs for part in parts])[back],
@@ -122,15 +129,17 @@ def _fuse_alike(strong: Tensor, base: Tensor, experts: Tensor, asked: RequestSet
     strategy = asked.strategy(present)
     if not asked.experts or asked.experts == present.expert_names:
         return _scaled(strategy(strong, base, experts), strong, asked.alpha)
-    places = [present.expert_names.index(name) for name in asked.experts]
-    fusion = _scaled(strategy(strong, base, experts[places]), strong, asked.alpha)
-    is_chosen = fusion.is_chosen.new_zeros(experts.shape[:2])
-    is_chosen[places] = fusion.is_chosen
-    alpha = None
-    if fusion.alpha is not None:
-        alpha = fusion.alpha.new_zeros(experts.shape[:2])
-        alpha[places] = fusion.alpha
-    return Fusion(fusion.log_probs, alpha, is_chosen, fusion.kl_nats, fusion.reverse_kl_nats)
+    # Views and stacks: a list of places as an index would be copied to the device first.
+    chosen = {name: place for place, name in enumerate(asked.experts)}
+    among = torch.stack([experts[present.expert_names.index(name)] for name in asked.experts])
+    fusion = _scaled(strategy(strong, base, among), strong, asked.alpha)
+
+    def spread(values: Tensor) -> Tensor:  # [expert asked for, row] to [expert, row]
+        nothing = torch.zeros_like(values[0])
+        return torch.stack([values[chosen[name]] if name in chosen else nothing for name in present.expert_names])
+
+    alpha = None if fusion.alpha is None else spread(fusion.alpha)
+    return Fusion(fusion.log_probs, alpha, spread(fusion.is_chosen), fusion.kl_nats, fusion.reverse_kl_nats)
 
 
 def _scaled(fusion: Fusion, strong: Tensor, scale: float) -> Fusion:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trimtab.logits.strategy import Fusion
+from trimtab.serving.sending import sent
 
 ALPHA_EDGES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 5.0)  # upper, included
 KL_EDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # nats
@@ -25,7 +26,7 @@ class Tally:
         speaks = fusion.is_chosen
         speaks = torch.cat([speaks, ~speaks.any(dim=0, keepdim=True)])  # [name, row]
         if is_counted is not None:
-            speaks = speaks & torch.tensor(is_counted, device=speaks.device)
+            speaks = speaks & sent(is_counted, speaks.device)
         kl = fusion.kl_nats.expand(speaks.shape)
         self._add("kl_nats", kl, speaks, KL_EDGES)
         if fusion.alpha is not None:
@@ -36,7 +37,7 @@ class Tally:
         if name not in self._sums:
             shape = (speaks.shape[0], len(edges) + 2)  # a sum, then a bucket under each edge, and one above all
             self._sums[name] = torch.zeros(shape, dtype=torch.float64, device=values.device)
-            self._sums[f"{name} edges"] = torch.tensor(edges, device=values.device)
+            self._sums[f"{name} edges"] = sent(edges, values.device)
         weights = speaks.to(torch.float64)
         values = torch.where(speaks, values, 0.0)
         buckets = torch.bucketize(values.contiguous(), self._sums[f"{name} edges"]) + 1

@@ -1,31 +1,50 @@
 """In the API process: every request's own settings are checked before the engine sees it, and the tokens of traced ones
 are remembered, so that their traces can be told token by token."""
 
-from collections import OrderedDict
-from collections.abc import AsyncIterator
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from trimtab.core.errors import InputError
 from trimtab.logits.strategy import Strategy
-from trimtab.serving.requests import TRACE_KEY, read_settings
-from trimtab.serving.traces import REQUESTS_KEPT
-from trimtab.serving.worker import key_of
+from trimtab.serving.requests import SEVERAL, TRACE_KEY, read_settings
+from trimtab.serving.traces import POSITIONS_KEPT, REQUESTS_KEPT
+
+PART = re.compile(r"[-_][0-9]+")
 
 
 @dataclass
 class Watched:
     """What a traced request has said so far.
 
+    request         vLLM's id, which a client may choose, so that two requests may have the same
+    key             ours, under which the workers keep its steps: nobody can choose or guess it
     prompt_tokens   how many tokens its prompt has
-    choices         {number of the choice: token ids}
+    choices         {number of the choice: token ids}, at most `POSITIONS_KEPT` of all choices
+    said            {number of the choice: how many tokens it has}, also those beyond
     """
 
+    request: str
+    key: str = field(default_factory=lambda: TRACE_KEY + uuid4().hex)
     prompt_tokens: int = 0
     choices: dict[int, list[int]] = field(default_factory=dict)
+    said: dict[int, int] = field(default_factory=dict)
+
+    def hear(self, index: int, token_ids: Sequence[int], is_new_only: bool) -> None:
+        """Takes down the tokens of a choice: those that are new, or all so far."""
+        kept = self.choices.setdefault(index, [])
+        before = self.said.get(index, 0)
+        new = token_ids if is_new_only else token_ids[before:]
+        self.said[index] = before + len(new)
+        room = POSITIONS_KEPT - sum(map(len, self.choices.values()))
+        if len(kept) == before:  # nothing is left out yet
+            kept.extend(new[: max(0, room)])
 
 
 class SteeredEngine:
@@ -38,7 +57,7 @@ class SteeredEngine:
         """
         self.engine = engine
         self.strategy = strategy
-        self._watched: OrderedDict[str, Watched] = OrderedDict()
+        self._watched: deque[Watched] = deque(maxlen=REQUESTS_KEPT)
         self._generate = engine.generate
         engine.generate = self.generate
 
@@ -51,44 +70,47 @@ class SteeredEngine:
             asked = read_settings(getattr(sampling_params, "extra_args", None), self.strategy)
         except InputError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
-        if asked.trace is not None:
+        watched = None if asked.trace is None else Watched(request_id)
+        if watched is not None:
             sampling_params = sampling_params.clone()
-            sampling_params.extra_args = {**sampling_params.extra_args, "trace": TRACE_KEY + request_id}
+            mark = watched.key + (SEVERAL if sampling_params.n > 1 else "")
+            sampling_params.extra_args = {**sampling_params.extra_args, "trace": mark}
         outputs = self._generate(prompt, sampling_params, request_id, *args, **kwargs)
         if getattr(sampling_params, "structured_outputs", None) is not None:
             outputs = _blame_grammar(outputs)
-        if asked.trace is not None:
-            is_new_only = sampling_params.output_kind == RequestOutputKind.DELTA
-            outputs = _watch(outputs, self._watched_anew(request_id), is_new_only)
+        if watched is not None:
+            self._watched.append(watched)
+            outputs = _watch(outputs, watched, sampling_params.output_kind == RequestOutputKind.DELTA)
         return outputs
 
-    def _watched_anew(self, request_id: str) -> Watched:
-        watched = self._watched[request_id] = Watched()
-        while len(self._watched) > REQUESTS_KEPT:
-            self._watched.popitem(last=False)
-        return watched
-
     async def trace(self, response_id: str, timeout: float) -> list[dict[str, Any]]:
-        """The choices of a traced response so far: [{"request", "index", "tokens": [...]}]; empty if it is unknown.
+        """The choices of a traced response so far: [{"request", "index", "tokens": [...], "is_whole"}].
 
-        response_id   the `id` of an answer, which stands for one request per prompt
+        response_id   the `id` of an answer, which stands for one request per prompt. Of several answers with this id
+                      all are told, the earliest first
         timeout       seconds to wait for the workers
+        returns       empty if the response is unknown; is_whole: whether `tokens` has all that was said, which it has
+                      not where there was no room to keep it
         """
+        asked = [
+            (watched, index, list(token_ids), watched.said[index])  # as they are now: the texts may go on meanwhile
+            for watched in self._watched
+            if watched.request == response_id or _is_part(watched.request, response_id)
+            for index, token_ids in sorted(watched.choices.items())
+        ]
+        if not asked:
+            return []
+        places = [(watched.key, index, watched.prompt_tokens - 1) for watched, index, _, _ in asked]
+        answers = await self.engine.collective_rpc("trimtab_traces", timeout=timeout, args=(places,))
+        kept = max(answers, key=lambda steps: sum(map(len, steps)))  # processes that get no logits keep nothing
         found = []
-        for request, watched in list(self._watched.items()):
-            if request != response_id and not _is_part(request, response_id):
-                continue
-            for index, token_ids in sorted(watched.choices.items()):
-                key = key_of(TRACE_KEY + request, f"{index}_")
-                answers = await self.engine.collective_rpc(
-                    "trimtab_trace", timeout=timeout, args=(key, watched.prompt_tokens - 1)
-                )
-                steps: list[dict[str, Any]] = max(answers, key=len, default=[])
-                tokens = [
-                    {"token_id": token, "token": self._text(token), **step}
-                    for token, step in zip(token_ids, steps, strict=False)  # the engine is ahead of what was sent
-                ]
-                found.append({"request": request, "index": index, "tokens": tokens})
+        for (watched, index, token_ids, said), steps in zip(asked, kept, strict=True):
+            tokens = [
+                {"token_id": token, "token": self._text(token), **step}
+                for token, step in zip(token_ids, steps, strict=False)  # the engine is ahead of what was sent
+            ]
+            is_whole = len(tokens) == said
+            found.append({"request": watched.request, "index": index, "tokens": tokens, "is_whole": is_whole})
         return found
 
     def _text(self, token: int) -> str:
@@ -97,9 +119,11 @@ class SteeredEngine:
 
 
 def _is_part(request: str, response_id: str) -> bool:
-    """Whether a request is one prompt of a response: its id, and the prompt's number."""
-    head, _, number = request.rpartition("-")
-    return head == response_id and number.isdigit()
+    """Whether a request is one prompt of a response: its id, and the prompt's number.
+
+    vLLM names the prompts of a completion ID-0, ID-1, those of chats in a batch and the turns of a response ID_0, ID_1.
+    """
+    return request.startswith(response_id) and PART.fullmatch(request, len(response_id)) is not None
 
 
 async def _blame_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -117,6 +141,5 @@ async def _watch(outputs: AsyncIterator[Any], watched: Watched, is_new_only: boo
     async for output in outputs:
         watched.prompt_tokens = watched.prompt_tokens or len(output.prompt_token_ids or ())
         for choice in output.outputs:
-            said = watched.choices.get(choice.index, []) if is_new_only else []
-            watched.choices[choice.index] = said + list(choice.token_ids)
+            watched.hear(choice.index, choice.token_ids, is_new_only)
         yield output

@@ -16,8 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from trimtab.core.errors import InputError, TrimtabError
-from trimtab.serving.requests import NOTHING_SET, RequestSettings, read_settings
+from trimtab.serving.requests import NOTHING_SET, SEVERAL, RequestSettings, read_settings
 from trimtab.serving.steering import RowOwners, Steering
+from trimtab.serving.traces import TraceKey
 
 NEEDED = ("_prepare_inputs", "input_batch", "requests", "query_start_loc", "positions", "discard_request_mask")
 logger = logging.getLogger(__name__)
@@ -45,10 +46,15 @@ class SteeringWorker:
         steering = self.model_runner.get_model().steering
         return steering.tally.to_dict() if steering is not None else {}
 
-    def trimtab_trace(self, key: str, start: int) -> list[dict[str, Any]]:
-        """The steps kept under a key, from a position on."""
+    def trimtab_traces(self, places: Sequence[tuple[str, int, int]]) -> list[list[dict[str, Any]]]:
+        """The steps kept of some choices, each from a position on.
+
+        places   (key that a request was given, number of its choice, position) of each
+        """
         steering = self.model_runner.get_model().steering
-        return steering.traces.steps(key, start) if steering is not None else []
+        if steering is None:
+            return [[] for _ in places]
+        return [steering.traces.steps(TraceKey(request, choice), start) for request, choice, start in places]
 
 
 class BatchRows:
@@ -66,6 +72,7 @@ class BatchRows:
         self.strategy = strategy
         self._sampled: np.ndarray | None = None  # [row] place of the row's request; None once the rows were asked for
         self._indices: Any = None  # [row] of the row's token in this step
+        self._known: dict[str, tuple[Any, RequestSettings]] = {}  # request -> (its parameters, what they set)
         prepare = runner._prepare_inputs
 
         def prepare_and_note(*args: Any, **kwargs: Any) -> Any:
@@ -79,6 +86,11 @@ class BatchRows:
         counts = 1 if drafts is None else np.asarray(drafts.num_draft_tokens) + 1
         self._sampled = np.repeat(np.arange(self.runner.input_batch.num_reqs), counts)
         self._indices = logits_indices
+        self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        for request in [request for request in self._known if request not in self.runner.requests]:
+            del self._known[request]
 
     def of(self, hidden_states: Tensor) -> RowOwners | None:
         """Owners of the rows that are about to be fused."""
@@ -115,21 +127,31 @@ class BatchRows:
         return RowOwners([asked] * rows, [None] * rows, [0] * rows, [False] * rows)
 
     def _settings(self, request: str) -> RequestSettings:
+        """What a request sets; read when it is first seen, since it is asked for at every token."""
         params = self.runner.requests[request].sampling_params
         if params is None or not params.extra_args:
             return NOTHING_SET
+        known = self._known.get(request)
+        if known is None or known[0] is not params:  # a request that goes on may bring new ones under its name
+            known = self._known[request] = params, self._read(request, params.extra_args)
+        return known[1]
+
+    def _read(self, request: str, extra_args: dict[str, Any]) -> RequestSettings:
         try:
-            return read_settings(params.extra_args, self.strategy)
+            return read_settings(extra_args, self.strategy)
         except InputError as error:
             # The API process refuses such requests; raised here, it would end the engine and everybody's requests.
             logger.error("request %s runs without its settings: %s", request, error)
             return NOTHING_SET
 
 
-def key_of(trace: str, request: str) -> str:
-    """Under which a choice of a request is kept: the trace's key and, of several choices, its number.
+def key_of(trace: str, request: str) -> TraceKey:
+    """Under which the steps of a text are kept: the trace's key and, of several choices, its number.
 
+    trace     as a request carries it: ends with `SEVERAL` where it has several choices
     request   vLLM's own id: choice 2 of several is named `2_...`
     """
-    number, _, rest = request.partition("_")
-    return f"{trace}#{number if rest and number.isdigit() else 0}"
+    if not trace.endswith(SEVERAL):
+        return TraceKey(trace)
+    number = request.partition("_")[0]
+    return TraceKey(trace.removesuffix(SEVERAL), int(number) if number.isdecimal() else 0)

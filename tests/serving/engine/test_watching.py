@@ -1,0 +1,88 @@
+"""What is taken down of traced texts, and what is told where no room was left for it."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+from vllm.sampling_params import SamplingParams
+
+from trimtab import make_strategy
+from trimtab.serving.endpoint import show_trace
+from trimtab.serving.requests import SEVERAL
+from trimtab.serving.watching import SteeredEngine, Watched, _is_part
+
+STRATEGY = make_strategy("dynamic", expert_names=("math", "facts"))
+
+
+class Dropping:
+    """An engine that says three tokens, and whose workers keep so many steps of them."""
+
+    renderer = SimpleNamespace(tokenizer=None)
+
+    def __init__(self, kept):
+        self.kept, self.asked = kept, []
+
+    async def generate(self, prompt, params, request_id):
+        self.asked.append(params.extra_args["trace"])
+        choices = [SimpleNamespace(index=index, token_ids=[5, 6, 7], finish_reason=None) for index in range(params.n)]
+        yield SimpleNamespace(prompt_token_ids=[1, 2], outputs=choices)
+
+    async def collective_rpc(self, method, timeout, args):
+        assert method == "trimtab_traces"
+        (places,) = args
+        assert all(start == 1 for _, _, start in places)
+        return [[[{"kl_nats": 0.0}] * self.kept for _ in places], [[] for _ in places]]
+
+
+def traced(engine, *requests, asked_for="cmpl-a", n=1):
+    """(status, content) of the trace, after these requests."""
+
+    async def run():
+        steered = SteeredEngine(engine, STRATEGY)
+        for request in requests:
+            params = SamplingParams(n=n, extra_args={"trace": 1})
+            async for _ in engine.generate("x", params, request):
+                pass
+        state = SimpleNamespace(trimtab=steered)
+        return await show_trace(SimpleNamespace(app=SimpleNamespace(state=state)), asked_for)
+
+    answer = asyncio.run(run())
+    return answer.status_code, json.loads(answer.body)
+
+
+def test_a_trace_is_whole_cut_dropped_or_unknown():
+    status, content = traced(Dropping(4), "cmpl-a-0")
+    (choice,) = content["choices"]
+    assert (status, choice["is_whole"], [token["token_id"] for token in choice["tokens"]]) == (200, True, [5, 6, 7])
+    status, content = traced(Dropping(2), "cmpl-a-0")
+    assert (status, content["choices"][0]["is_whole"], len(content["choices"][0]["tokens"])) == (200, False, 2)
+    status, content = traced(Dropping(0), "cmpl-a-0")
+    assert (status, "was dropped" in content["error"]["message"]) == (410, True)
+    assert traced(Dropping(4), "cmpl-b-0")[0] == 404
+
+
+def test_keys_are_our_own_and_say_whether_there_are_several_choices():
+    engine = Dropping(3)
+    _, content = traced(engine, "cmpl-a-0", "cmpl-a-0", n=2)
+    assert [choice["index"] for choice in content["choices"]] == [0, 1, 0, 1]
+    assert len(set(engine.asked)) == 2
+    assert all(mark.endswith(SEVERAL) and "cmpl" not in mark and len(mark) > 32 for mark in engine.asked)
+
+
+@pytest.mark.parametrize("is_new_only", [True, False])
+def test_tokens_are_taken_down_as_far_as_there_is_room(monkeypatch, is_new_only):
+    monkeypatch.setattr("trimtab.serving.watching.POSITIONS_KEPT", 5)
+    watched = Watched("a")
+    for count in (2, 4):
+        for index in (0, 1):
+            watched.hear(index, range(2) if is_new_only else range(count), is_new_only)
+    assert [len(watched.choices[index]) for index in (0, 1)] == [3, 2]
+    assert watched.said == {0: 4, 1: 4}
+
+
+def test_which_requests_belong_to_a_response():
+    for request in ("cmpl-a-0", "resp_a_12", "chatcmpl-a_3"):
+        assert _is_part(request, request[: -2 if request[-2] in "-_" else -3])
+    for request in ("cmpl-a-0-1", "cmpl-a-", "cmpl-a-x", "cmpl-ab-0", "cmpl-a.0", "cmpl-a"):
+        assert not _is_part(request, "cmpl-a")
