@@ -1,10 +1,11 @@
-"""What stands before vLLM's server: the key on every route, and limits on what is read. An ASGI middleware, given to
-vLLM as `--middleware`, which puts it outside of all of vLLM's own.
+"""What stands before vLLM's server: the key on every route, or the name of this machine where there is no key, and
+limits on what is read. An ASGI middleware, given to vLLM as `--middleware`, which puts it outside of all of vLLM's own.
 
 vLLM's key guards paths under /v1 and a few more; others, as /invocations and /tokenize, it leaves open.
 """
 
 import hashlib
+import ipaddress
 import json
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -17,6 +18,21 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/health", "/ping"})  # the page holds nothing secret; the others say that it is alive
+# Where vLLM hands a body's vllm_xargs on to the engine; elsewhere it reads bodies without a word about them.
+STEERED_PATHS = frozenset(
+    {
+        "/v1/completions",
+        "/v1/completions/render",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/chat/completions/render",
+        "/v1/messages",
+        "/v1/messages/render",
+        "/v1/responses",
+        "/v1/responses/render",
+        "/invocations",
+    }
+)
 MEBIBYTE = 2**20
 LARGEST_BODY_MIB = 8.0  # by default: far beyond any prompt that fits a context
 DRAINED = 16  # times the largest body: what is read and thrown away, so that a client hears the answer
@@ -34,9 +50,15 @@ class Guard:
             await self.app(scope, receive, send)
             return
         args = scope["app"].state.args
+        keys = [key for key in args.api_key or [] if key]
+        if not keys and not _is_for_here(scope, args):
+            await _refuse(
+                scope, send, 403, "without a key only this machine's own names are answered: see `--api-key`."
+            )
+            return
         # Browsers ask which origins are allowed (OPTIONS) without a key; nothing else is answered to that.
         is_open = scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS"
-        if not is_open and not _has_key(scope, args.api_key):
+        if not is_open and keys and not _has_key(scope, keys):
             await _refuse(scope, send, 401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`.")
             return
         if scope["type"] == "websocket" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -47,7 +69,7 @@ class Guard:
         if body is None:
             await _refuse(scope, send, 413, f"the body is larger than {largest} bytes; see `--max-body-mib`.")
             return
-        trouble = _trouble(body)
+        trouble = _trouble(body, scope["path"].removeprefix(scope.get("root_path", "")))
         if trouble:
             await _refuse(scope, send, 400, trouble)
             return
@@ -62,14 +84,34 @@ class Guard:
             self.under_way -= 1
 
 
-def _has_key(scope: Scope, keys: list[str] | None) -> bool:
-    known = [key for key in keys or [] if key]
-    if not known:
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for found, value in scope["headers"] if found.lower() == name), b"")
+
+
+def _is_for_here(scope: Scope, args: Any) -> bool:
+    """Whether a request names this machine, where nobody else can connect anyway.
+
+    A page of another site may let its own name point to 127.0.0.1 once it is loaded (DNS rebinding): to the browser its
+    requests then stay within one site, and reach this server. They still carry that name as `Host`.
+    """
+    if getattr(args, "uds", None) or not _is_loopback(args.host or ""):
         return True
-    sent = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-    scheme, _, key = sent.partition(b" ")
+    name = _header(scope, b"host").decode("latin-1").strip().lower()
+    name = name.rpartition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
+    return name == args.host.lower() or _is_loopback(name.strip("[]"))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _has_key(scope: Scope, keys: list[str]) -> bool:
+    scheme, _, key = _header(scope, b"authorization").partition(b" ")
     digest = hashlib.sha256(key.strip()).digest()
-    matches = [secrets.compare_digest(digest, hashlib.sha256(one.encode()).digest()) for one in known]
+    matches = [secrets.compare_digest(digest, hashlib.sha256(one.encode()).digest()) for one in keys]
     return scheme.lower() == b"bearer" and any(matches)
 
 
@@ -89,18 +131,22 @@ async def _read(receive: Receive, largest: int) -> bytes | None:
     return b"".join(parts) if size <= largest else None
 
 
-def _trouble(body: bytes) -> str | None:
-    """What in a body would be taken for something else further in; None: nothing.
+def _trouble(body: bytes, path: str) -> str | None:
+    """What in a body would be overlooked further in; None: nothing.
 
     vLLM's beam search makes requests of its own, without the settings of the one that asked for it.
     """
-    if b"use_beam_search" not in body or b"vllm_xargs" not in body:
+    if b"vllm_xargs" not in body:
         return None
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
         return None  # the server says what is wrong with it
-    if isinstance(content, dict) and content.get("use_beam_search") and content.get("vllm_xargs"):
+    if not isinstance(content, dict) or not content.get("vllm_xargs"):
+        return None
+    if path not in STEERED_PATHS:
+        return f"vllm_xargs have no effect at {path[:100]}; they have at {', '.join(sorted(STEERED_PATHS))}."
+    if content.get("use_beam_search"):
         return "vllm_xargs do not reach beam search: leave one of them out."
     return None
 

@@ -40,9 +40,9 @@ class Served:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    def ask(self, path: str, body=None):
+    def ask(self, path: str, body=None, **headers: str):
         """The JSON that a request is answered with; it must succeed."""
-        status, text = self.call(path, body)
+        status, text = self.call(path, body, **headers)
         assert status == 200, text
         return json.loads(text)
 
@@ -66,12 +66,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, folder: Path, *words: str, tool: str = "trimtab"):
+def serving(directory: Path, folder: Path, *words: str, tool: str = "trimtab", key: str | None = KEY):
     """`trimtab serve`, or `serve` of another command, once it answers; stopped afterwards."""
     port, log = free_port(), folder / "serve.log"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "INFO"}
-    command = [script(tool), "serve", directory, "--port", str(port), "--api-key", KEY, *words]
+    keys = [] if key is None else ["--api-key", key]
+    command = [script(tool), "serve", directory, "--port", str(port), *keys, *words]
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, env=environment, cwd=folder, start_new_session=True
