@@ -124,18 +124,16 @@ def test_sampling_follows_the_fused_law(members, strategy, batch, texts):
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=label)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_every_token_of_a_long_text_follows_its_law(members, strategy, batch):
-    """Two strategies by 2,000 tokens or more, in both batches; the others, which go through the same code, by less.
+    """2,000 tokens or more of each strategy, in both batches.
 
     A token of a long text tells as much as a short text drawn anew: behind whatever stands before it, its place in its
     own law is uniform and independent of all places before. In the orders of `text_laws` a bonus from the strong model
-    and a replacement from the fused law are seen with fewer tokens than that (test_speculation_settings.py). 2,000
-    calls of `generate` for short texts would take 20 s a strategy.
+    and a replacement from the fused law are seen with so many tokens (test_speculation_settings.py). 2,000 calls of
+    `generate` for short texts would take 20 s a strategy.
     """
     case = case_of(members, strategy)
     torch.manual_seed(5)
-    is_thorough = label(strategy) in ("dynamic-paper", "filter-sum")
-    texts, steps = ({1: 20, 8: 24}, 100) if is_thorough else ({1: 2, 8: 8}, 50)
-    assert case.p_of_tokens(case.sample(batch, texts[batch], steps)) > LEAST_P
+    assert case.p_of_tokens(case.sample(batch, {1: 20, 8: 24}[batch], steps=100)) > LEAST_P
 
 
 @pytest.mark.parametrize("draft", ["lately", "mixture", "fused", "prompt", "base", "facts"])
