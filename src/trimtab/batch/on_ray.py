@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from trimtab.core.errors import InputError, TrimtabError
 TRIES = 2  # of a batch, and again of each of its rows alone
 RESTARTS = 100  # of one worker: one that dies while it is made would otherwise be made for ever
 MOST_DEADLY = RESTARTS // TRIES // 2  # rows: if more kill their workers, something else does
+CONNECTED_WITHIN = 10.0  # seconds
 MADE = "made"  # what a worker says to a table without rows
 # Read by Ray when it is imported. The second one lets its servers listen on this machine alone, on Linux too.
 LOCAL = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -197,7 +199,24 @@ def _ray(asked: OnRay) -> Iterator[None]:
                 ray.shutdown()
 
 
+def _check_address(address: str) -> None:
+    """Raises TrimtabError where nobody listens at HOST:PORT: Ray itself would try for many minutes, in silence."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", say: Ray looks for the address
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTED_WITHIN).close()
+    except (OSError, OverflowError) as error:
+        raise TrimtabError(
+            f"the cluster at {address} cannot be reached: {error}.",
+            "It is HOST:PORT as `ray start --head` prints it.",
+            "check --address.",
+        ) from error
+
+
 def _start(ray: Any, asked: OnRay) -> None:
+    if asked.address:
+        _check_address(asked.address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         with stderr_aside():  # Ray's native code says there that its log level was set
@@ -211,7 +230,9 @@ def _start(ray: Any, asked: OnRay) -> None:
         where = f"the cluster at {asked.address} cannot be reached" if asked.address else "Ray cannot be started"
         raise TrimtabError(
             f"{where}: {_last_line(error)}",
-            fix="check --address." if asked.address else "run with --workers 0, or see /tmp/ray/session_latest/logs.",
+            fix="check --address, and set RAY_AUTH_MODE=token where the cluster asks for its token."
+            if asked.address
+            else "run with --workers 0, or see /tmp/ray/session_latest/logs.",
         ) from error
 
 
