@@ -58,8 +58,18 @@ class SteeredEngine:
         self.engine = engine
         self.strategy = strategy
         self._watched: deque[Watched] = deque(maxlen=REQUESTS_KEPT)
-        self._generate = engine.generate
-        engine.generate = self.generate
+        self._generate, self._check_admission = engine.generate, engine.check_admission
+        engine.generate, engine.check_admission = self.generate, self.check_admission
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """As the engine's; raises VLLMValidationError (400) for a request that no queue could take, however empty.
+
+        vLLM would tell the client to try again later (503), before it looks whether so many choices are allowed.
+        """
+        most = self.engine.scheduler_config.max_num_queued_reqs
+        if most is not None and n > most:
+            raise VLLMValidationError(f"{n} choices are more than the queue ever takes, {most}.", parameter="n")
+        self._check_admission(n, request_id)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """As the engine's; raises VLLMValidationError, which is answered with 400, for settings that cannot be.

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from trimtab import make_strategy
@@ -19,6 +20,7 @@ class Dropping:
     """An engine that says three tokens, and whose workers keep so many steps of them."""
 
     renderer = SimpleNamespace(tokenizer=None)
+    vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_queued_reqs=10))
 
     def __init__(self, kept):
         self.kept, self.asked = kept, []
@@ -27,6 +29,9 @@ class Dropping:
         self.asked.append(params.extra_args["trace"])
         choices = [SimpleNamespace(index=index, token_ids=[5, 6, 7], finish_reason=None) for index in range(params.n)]
         yield SimpleNamespace(prompt_token_ids=[1, 2], outputs=choices)
+
+    def check_admission(self, n=1, request_id=None):
+        raise QueueOverflowError
 
     async def collective_rpc(self, method, timeout, args):
         assert method == "trimtab_traces"
@@ -60,6 +65,16 @@ def test_a_trace_is_whole_cut_dropped_or_unknown():
     status, content = traced(Dropping(0), "cmpl-a-0")
     assert (status, "was dropped" in content["error"]["message"]) == (410, True)
     assert traced(Dropping(4), "cmpl-b-0")[0] == 404
+
+
+def test_more_choices_than_the_queue_ever_takes_are_the_clients_fault():
+    engine = Dropping(3)
+    SteeredEngine(engine, STRATEGY)
+    for n in (11, 10**20):
+        with pytest.raises(VLLMValidationError, match="VLLM_MAX_N_SEQUENCES"):
+            engine.check_admission(n)
+    with pytest.raises(QueueOverflowError):
+        engine.check_admission(10)
 
 
 def test_keys_are_our_own_and_say_whether_there_are_several_choices():

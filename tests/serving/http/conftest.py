@@ -9,7 +9,8 @@ from servers import MOST_REQUESTS, serving
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
-OPTIONS = ["--page", "--max-num-seqs", "64", "--max-requests", str(MOST_REQUESTS)]
+# Without drafts, so that metrics count one step per token; another server drafts.
+OPTIONS = ["--page", "--speculate", "0", "--max-num-seqs", "64", "--max-requests", str(MOST_REQUESTS)]
 
 
 @pytest.fixture(scope="session")

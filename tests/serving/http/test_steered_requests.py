@@ -133,6 +133,87 @@ def test_traces_of_several_prompts_and_choices_stay_apart(server) -> None:
     assert server.call(f"/v1/traces/{complete(server, {})['id']}")[0] == 404
 
 
+def spoken(choices) -> list[list[int]]:
+    """[choice] the token ids of traced choices, each of which is whole."""
+    assert all(choice["is_whole"] for choice in choices)
+    return [[token["token_id"] for token in choice["tokens"]] for choice in choices]
+
+
+@pytest.mark.parametrize("place", ["header", "body"])
+def test_two_answers_of_one_id_have_a_trace_each(server, fused, place: str) -> None:
+    """A client may choose its request's id, and so may another one."""
+    name = f"the-same-{place}"
+    more = {"return_token_ids": True} | ({"request_id": name} if place == "body" else {})
+    headers = {"X-Request-Id": name} if place == "header" else {}
+    told = []
+    for given in ({"trace": 1, "alpha": 0}, {"trace": 1, "alpha": 1.7}):
+        body = {"model": "zoo", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "vllm_xargs": given} | more
+        told.append(server.ask("/v1/completions", body, **headers))
+    assert told[0]["id"] == told[1]["id"]
+    choices = server.ask(f"/v1/traces/{told[0]['id']}")["choices"]
+    assert spoken(choices) == [answer["choices"][0]["token_ids"] for answer in told]
+    ids = fused.tokenizer(PROMPT)["input_ids"]
+    for choice, scale in zip(choices, (0, 1.7), strict=True):
+        new = [token["token_id"] for token in choice["tokens"]]
+        wanted = laws_of(fused, ids + new, {"alpha": scale}).kl_nats[len(ids) - 1 : -1]
+        assert [token["kl_nats"] for token in choice["tokens"]] == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
+def test_responses_have_traces(server) -> None:
+    body = {"model": "zoo", "input": "Hello", "max_output_tokens": 6, "vllm_xargs": {"trace": 1}}
+    answer = server.ask("/v1/responses", body)
+    (tokens,) = spoken(server.ask(f"/v1/traces/{answer['id']}")["choices"])
+    assert len(tokens) == answer["usage"]["output_tokens"] > 0
+
+
+def test_batches_of_chats_have_traces(server) -> None:
+    talks = [[{"role": "user", "content": text}] for text in ("Hello", "Who lives in the north?")]
+    body = {"model": "zoo", "messages": talks, "max_tokens": 6, "return_token_ids": True, "vllm_xargs": {"trace": 1}}
+    answer = server.ask("/v1/chat/completions/batch", body)
+    said = [choice["token_ids"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+    assert spoken(server.ask(f"/v1/traces/{answer['id']}")["choices"]) == said
+
+
+def test_messages_have_traces(server) -> None:
+    body = {"model": "zoo", "max_tokens": 6, "messages": CHAT["messages"], "vllm_xargs": {"trace": 1}}
+    answer = server.ask("/v1/messages", body)
+    (tokens,) = spoken(server.ask(f"/v1/traces/{answer['id']}")["choices"])
+    assert len(tokens) == answer["usage"]["output_tokens"] > 0
+
+
+def test_traces_of_the_latest_prompts_are_kept(server) -> None:
+    early = complete(server, {"trace": 1})
+    many = {"prompt": [PROMPT] * 64, "max_tokens": 1, "n": 2, "temperature": 1.0}
+    answers = [complete(server, {"trace": 1}, **many) for _ in range(3)]
+    assert server.call(f"/v1/traces/{early['id']}")[0] == 200  # 193 prompts, whatever they have of choices
+    last = complete(server, {"trace": 1}, **many)
+    assert server.call(f"/v1/traces/{early['id']}")[0] == 404
+    for answer in (*answers, last):
+        assert len(spoken(server.ask(f"/v1/traces/{answer['id']}")["choices"])) == 128
+
+
+@pytest.mark.parametrize("path", ["/cohere/v2/chat", "/generative_scoring", "/tokenize", "/v1/messages/count_tokens"])
+def test_settings_are_refused_where_vllm_would_overlook_them(server, path: str) -> None:
+    status, text = server.call(path, CHAT | {"vllm_xargs": {"alpha": 0}})
+    assert (status, "no effect at" in text) == (400, True), text
+
+
+def test_prompts_and_choices_of_one_request_are_limited(server) -> None:
+    def ask(prompts: int, choices: int):
+        body = {"model": "zoo", "prompt": ["Q:"] * prompts, "n": choices, "max_tokens": 1, "temperature": 1.0}
+        return server.call("/v1/completions", body)
+
+    status, text = ask(64, 4)
+    assert (status, len(json.loads(text)["choices"])) == (200, 256)
+    for prompts, choices, told in (
+        (65, 1, "VLLM_MAX_COMPLETION_PROMPTS"),
+        (1, 257, "VLLM_MAX_N_SEQUENCES"),
+        (1, 10**20, "VLLM_MAX_N_SEQUENCES"),
+    ):
+        status, text = ask(prompts, choices)
+        assert (status, told in text) == (400, True), text
+
+
 def test_metrics_have_vllms_names_and_alpha_and_kl_per_expert(server, fused) -> None:
     def label(name: str, who: str, more: str = "") -> str:
         return f'trimtab:{name}{{engine="0",expert="{who}",{more}model_name="zoo"}}'
@@ -166,7 +247,11 @@ def test_the_page_of_settings_names_experts_and_ranges(server) -> None:
 
 
 def test_with_drafts_the_law_and_the_traces_are_those_asked_for(directory, fused, tmp_path) -> None:
-    with serving(directory, tmp_path, "--speculate", "3", "--draft", "facts", "--max-num-seqs", "16") as drafted:
+    words = ["--speculate", "3", "--draft", "facts", "--max-num-seqs", "16"]
+    with serving(directory, tmp_path, *words, key=None) as drafted:
+        # Without a key a server on this machine answers to its own names only.
+        for host, status in (("evil.example", 403), ("localhost:1", 200)):
+            assert drafted.call("/v1/models", key=None, Host=host)[0] == status
         asked = [{**given, "trace": 1} for given in SETTINGS]
         ids = fused.tokenizer(PROMPT)["input_ids"]
 
