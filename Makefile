@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test test-thorough venv-vllm test-vllm soak bench-serving lint format docs results bench bench-full zoo browser clean help
+.PHONY: demo test test-thorough venv-vllm test-vllm soak bench-serving lint format docs results bench bench-full zoo browser browser-vllm clean help
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -29,8 +29,8 @@ VLLM_BIN := .venv-vllm/bin
 
 venv-vllm: .venv-vllm/.installed  ## the environment of the vLLM plug-in, .venv-vllm, on the CPU build of vLLM
 
-test-vllm: .venv-vllm/.installed browser  ## fused directories in vLLM against the transformers engine, and served (some minutes)
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default tests/serving
+test-vllm: .venv-vllm/.installed browser-vllm  ## fused directories in vLLM against the transformers engine, and served (some minutes)
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default --numprocesses 2 --dist loadgroup tests/serving
 
 SOAK_SECONDS ?= 600
 soak: .venv-vllm/.installed  ## the server among random clients, then under attack, each for ten minutes (SOAK_SECONDS)
@@ -79,13 +79,21 @@ bench-serving: .venv-vllm/.installed  ## the served model under load on a quiet 
 zoo: .venv/.installed  ## make the embedded worlds and models again from seeds into runs/zoo (about an hour)
 	$(BIN)/trimtab zoo build --output runs/zoo
 
-browser: .venv/.installed  # the page tests open a real headless Chromium: the system's, or playwright's own
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+# The page tests open a real headless Chromium: the system's, or playwright's own.
+browser: .venv/.installed
+	@$(call chromium,$(BIN))
+
+browser-vllm: .venv-vllm/.installed
+	@$(call chromium,$(VLLM_BIN))
+
+define chromium
+command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
-	  $(BIN)/playwright install chromium >/dev/null || \
+	  $(1)/playwright install chromium >/dev/null || \
 	  { echo "The page tests need Chromium: none was found, and neither apt-get (as root) nor playwright could install one."; \
 	    echo "  Fix: install chromium with your system's package manager, then run make again."; exit 1; } >&2
+endef
 
-clean:  ## remove the virtual environment and what tools left behind
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the virtual environments and what tools left behind
+	rm -rf .venv .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -69,9 +69,9 @@ class Point:
 
 def points(is_quick: bool) -> list[Point]:
     """The centre first, then one change at a time."""
+    spec = Spec(600_000_000, 20)
     if is_quick:
-        return [Point(CENTRE, Spec(600_000_000, 20))]
-    spec = Spec(1_000_000_000, 20)
+        return [Point(CENTRE, spec)]
     centre = Point(CENTRE, spec, batches=2, repeats=5, drafts=(2, 4, 8))
     vary = partial(replace, centre, batches=1, repeats=3, drafts=(4,))
     found = [centre]

@@ -7,6 +7,7 @@ fewer than four repeats the least and the largest are reported in place of quart
 
 import contextlib
 import gc
+import io
 import json
 import statistics
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
+from trimtab.core.writing import write_whole
 
 Record = Mapping[str, float]  # the figures of one run
 WARM_UP = -1
@@ -187,6 +189,7 @@ def document(name: str, findings: Findings, options: Options) -> dict[str, Any]:
     """The JSON of a bench: what, where, when, how, every raw repeat, and the summary."""
     return {
         "bench": name,
+        "command": command_of(name, options),
         "title": findings.title,
         "is_quick": options.is_quick,
         "only": options.only,
@@ -197,6 +200,15 @@ def document(name: str, findings: Findings, options: Options) -> dict[str, Any]:
         "notes": findings.notes,
         "cases": [vars(case) | {"summary": summary(case)} for case in findings.cases],
     }
+
+
+def command_of(name: str, options: Options) -> str:
+    """The command line that measures the same again."""
+    words = ["python -m bench", name, *(["--quick"] if options.is_quick else [])]
+    given = {"threads": options.threads, "repeats": options.repeats, "only": options.only, "strong": options.strong}
+    if options.device != "cpu":
+        given["device"] = options.device
+    return " ".join([*words, *(f"--{flag} {value}" for flag, value in given.items() if value)])
 
 
 def cases_of(found: Mapping[str, Any]) -> list[Case]:
@@ -210,17 +222,9 @@ def file_of(folder: Path, name: str, is_quick: bool, ending: str = "json") -> Pa
     return folder / f"{name}{'-quick' if is_quick else ''}.{ending}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Written beside and then renamed, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As text, see `write_text`; raises ValueError for numbers that JSON has no word for."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Raises ValueError for numbers that JSON has no word for."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -275,6 +279,7 @@ def beside(case: Case, arm: str) -> list[str]:
     return [f"{spread(figures(case, arm, name)).median:.3g}" if there else "–" for name, there in pairs]
 
 
+COLOURS = 64  # of a picture: lines, letters, and shades at their edges
 INK, SOFT, LINE, OURS, THEIRS = "#1d2329", "#5d6873", "#e3e0d8", "#e08a14", "#9aa5af"
 
 
@@ -298,12 +303,14 @@ def plot(findings: Findings, file: Path) -> None:
 
 
 def save_figure(figure: Any, file: Path) -> None:
-    """A matplotlib figure as PNG, written beside and then renamed."""
+    """A matplotlib figure as PNG of few colours, a fifth of the bytes; written beside and then renamed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
 
     FigureCanvasAgg(figure)
-    beside = file.with_suffix(".tmp")
-    figure.savefig(beside, dpi=110, format="png")
+    drawn, beside = io.BytesIO(), file.with_suffix(".tmp")
+    figure.savefig(drawn, dpi=110, format="png")
+    Image.open(drawn).convert("RGB").quantize(COLOURS).save(beside, format="PNG", optimize=True)
     beside.replace(file)
 
 

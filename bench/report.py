@@ -9,6 +9,7 @@ from bench import harness
 from bench.bars import BARS, MISSED, Bar
 from bench.harness import Case, figures, listed, ratios, spread
 from trimtab.core.errors import InputError
+from trimtab.core.writing import write_whole
 from trimtab.measure.results import replace_between_markers
 
 ORDER = ("decode", "solve", "memory", "onepass")
@@ -29,7 +30,7 @@ def write(folder: Path, page: Path, readme: Path | None = None) -> None:
     if readme is not None:
         texts[readme] = with_promises(readme, folder)
     for file, text in texts.items():
-        harness.write_text(file, text)
+        write_whole(file, text)
 
 
 def with_promises(readme: Path, folder: Path) -> str:
@@ -143,7 +144,8 @@ def bench_rows(document: Document, picture: Path, page: Path) -> Iterator[str]:
     yield f"### {document['title']}"
     yield ""
     yield (
-        f"`python -m bench {document['bench']}`, {form}, {document['date']} UTC, commit {document['commit']}, "
+        f"`{document.get('command', 'python -m bench ' + document['bench'])}`, {form}, {document['date']} UTC, commit "
+        f"{document['commit']}, "
         f"load of the machine at the end {document['machine']['load']}."
     )
     yield ""

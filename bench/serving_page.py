@@ -13,6 +13,7 @@ from bench import harness
 from bench.report import INTERVALS, bar_rows, bench_rows, renewed
 from bench.serving import BARS
 from trimtab.core.errors import InputError, TrimtabError
+from trimtab.core.writing import write_whole
 
 START, END = "<!-- load:start -->", "<!-- load:end -->"
 RESULTS, PAGE = Path("bench/results"), Path("docs/serving.md")
@@ -90,7 +91,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="the page that holds the section")
     asked = parser.parse_args(words)
     try:
-        harness.write_text(asked.page, with_section(asked.page, asked.output))
+        write_whole(asked.page, with_section(asked.page, asked.output))
     except TrimtabError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

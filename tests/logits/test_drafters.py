@@ -44,8 +44,17 @@ def test_rules_that_need_experts_are_refused_without(rule):
         new_tokens(model, PROMPTS[0], speculate=3, speculate_draft=rule)
     with pytest.raises(BadSetting, match="there is no expert"):
         model.speculate_draft = rule
-    assert model.speculate_draft == "lately"
+    assert model.speculate_draft == "auto"
     assert error.value.fix == "pass speculate_draft='base' or 'prompt', or leave it out."
     for fix in ("base", "prompt", None):
         new_tokens(model, PROMPTS[0], speculate=3, speculate_draft=fix)
     assert set(model.last_speculation.drafters) == {"base"}
+
+
+@pytest.mark.parametrize(("one_pass", "experts", "who"), [(True, 2, "fused"), (False, 2, "math"), (True, 1, "math")])
+def test_auto_drafts_with_all_where_it_costs_no_more_than_one(one_pass, experts, who):
+    strategy = {"amount": "dynamic", "chooser": "only", "settings": {"expert": "math"}}
+    model = fuse(strategy=strategy, experts=experts, one_pass=one_pass)
+    new_tokens(model, PROMPTS[0], speculate=3)
+    assert model.speculate_draft == "auto"
+    assert set(model.last_speculation.drafters) == {who}

@@ -1,12 +1,20 @@
 """With drafts everything that `generate` knows gives what it gives without: tokens, stops, streams, scores, caches."""
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import tiny
@@ -22,7 +30,7 @@ from trimtab.zoo import load_items
 
 PAIRS = [("llama", kind) for kind in tiny.KINDS] + [(kind, "llama") for kind in tiny.KINDS[1:]] + [("gemma2", "gpt2")]
 MANY = [*PROMPTS, "abcabcabc, abcabc and so on, abcabc", "Q", "1+1=2, 2+2=4, 3+3="]
-DRAFTS = ["lately", "mixture", "fused", "prompt", "base", "math", "facts"]
+DRAFTS = ["auto", "lately", "mixture", "fused", "prompt", "base", "math", "facts"]
 
 
 def check_with_drafts(model, prompts, drafts=4, most=0, **options):
@@ -52,7 +60,7 @@ def test_greedy_text_is_that_without_drafts_whoever_drafts(fused, draft, length)
     report = check_with_drafts(fused, MANY, length, max_new_tokens=40, speculate_draft=draft)
     assert max(report.lengths) <= length
     assert report.accepted > 0 or draft in ("prompt", "base")
-    if draft not in ("lately", "prompt"):
+    if draft not in ("auto", "lately", "prompt"):
         assert set(report.drafters) == {draft}
 
 
@@ -273,7 +281,7 @@ def test_nobody_reads_beyond_an_end_that_was_drafted():
 
 def test_the_first_drafter_is_who_weighed_most_behind_the_prompt():
     model = fuse(strategy={"amount": "dynamic", "chooser": "only", "settings": {"expert": "facts"}})
-    new_tokens(model, MANY[0], speculate=3)
+    new_tokens(model, MANY[0], speculate=3, speculate_draft="lately")
     assert set(model.last_speculation.drafters) == {"facts"}
 
 
@@ -441,7 +449,7 @@ def test_sampled_rows_are_as_many_as_asked_for(fused):
 def test_the_model_keeps_its_settings(fused, members_dir, tmp_path):
     members = {name: str(members_dir / name) for name in ("math", "facts")}
     model = FusedCausalLM.from_members(str(members_dir / "strong"), str(members_dir / "base"), members)
-    assert (model.speculate, model.speculate_draft) == ("auto", "lately")
+    assert (model.speculate, model.speculate_draft) == ("auto", "auto")
     model.speculate, model.speculate_draft = 5, "facts"
     model.save_pretrained(tmp_path / "fused")
     again = FusedCausalLM.from_pretrained(tmp_path / "fused")
@@ -494,11 +502,6 @@ def test_a_strategy_that_looks_back_is_refused(fused):
         new_tokens(model, "Q", speculate=2)
 
 
-def test_beams_and_assistants_go_without(fused):
-    new_tokens(fused, "Q: and now", num_beams=2, max_new_tokens=4)
-    assert "beams" in fused.last_speculation.reason
-
-
 def test_auto_goes_without_where_the_strong_model_is_tiny_and_says_so(fused, monkeypatch):
     trace = fused.trace("Q: and now", max_new_tokens=4, do_sample=False)
     assert trace.speculation["on"] is False
@@ -518,7 +521,7 @@ def test_the_expert_with_most_weight_drafts(fused):
     for weights, name in (([0.1, 0.4], "facts"), ([0.4, 0.1], "math")):
         assert drafter_for("lately", ("math", "facts"), strategy, torch.tensor(weights)).name == name
     alone = fuse(strategy={"amount": "dynamic", "chooser": "only", "settings": {"expert": "facts"}})
-    new_tokens(alone, MANY, speculate=2, max_new_tokens=30)
+    new_tokens(alone, MANY, speculate=2, speculate_draft="lately", max_new_tokens=30)
     assert alone.last_speculation.drafters.most_common(1)[0][0] == "facts"
 
 
@@ -584,3 +587,76 @@ def test_costs_are_read_between_and_beyond_measurements():
     assert costs.of(1) == pytest.approx(0.5, abs=0.01)
     costs.add(1, 100.0)
     assert costs.of(1) < 0.6
+
+
+# ---- the first round
+
+
+def test_the_first_round_drafts_behind_the_prompt():
+    """A draft that stands behind the prompt saves the strong model readings: it reads prompt and draft at once."""
+    model = fuse(one_pass=False)
+    read = []
+    hook = model.members.strong.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    inputs, _ = new_tokens(model, PROMPTS[0], speculate=3, speculate_draft="math", max_new_tokens=12)
+    hook.remove()
+    assert read[0] == inputs["input_ids"].shape[1] + 3
+    assert model.last_speculation.rounds == len(read)
+
+
+def test_a_law_that_breaks_in_the_first_draft_has_the_prompt_read_again():
+    """NaN behind a drafted token reaches the prompt's keys and values, which were read with it."""
+    model = fuse(one_pass=False)
+    inputs, plain = new_tokens(model, MANY, speculate=0)
+    used = {*inputs["input_ids"].flatten().tolist(), *plain.flatten().tolist(), 0, 1}
+    expert = model.members.experts["math"].model
+    own = expert.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    token = next(token for token in own[:, :-1].flatten().tolist() if token not in used)
+    read = []
+    hook = model.members.strong.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with breaking_after(token, "strong", model):
+        _, drafted = new_tokens(model, MANY, speculate=3, speculate_draft="math")
+    hook.remove()
+    assert read[:2] == [inputs["input_ids"].shape[1] + 3, inputs["input_ids"].shape[1]]
+    check_same_tokens(model, drafted, plain, inputs)
+
+
+@pytest.mark.parametrize("window", [8, 64])
+def test_a_prompt_beyond_a_window_is_read_without_a_draft(window):
+    """What could be taken back would have to be kept whole, in every sliding layer."""
+    config = tiny.config_of("mistral", width=48)
+    config.sliding_window = window
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        strong = AutoModelForCausalLM.from_config(config).eval()
+    base = tiny.make(seed=1)
+    experts = {"math": tiny.tuned(base, 10)}
+    model = FusedCausalLM.from_members(strong, base, experts, tokenizer=tiny.make_tokenizer())
+    read = []
+    hook = strong.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    inputs, drafted = new_tokens(model, PROMPTS[0], speculate=3, max_new_tokens=12)
+    hook.remove()
+    prompt = inputs["input_ids"].shape[1]
+    assert 8 < prompt < 64
+    assert read[0] == (prompt if window == 8 else prompt + 3)
+    check_same_tokens(model, drafted, new_tokens(model, PROMPTS[0], speculate=0, max_new_tokens=12)[1], inputs)
+
+
+def test_who_the_small_members_would_let_speak_drafts_first():
+    """Before the strong model has read the prompt nobody knows what it says: the base stands in for it."""
+    base = tiny.make(seed=1)
+    same, other = copy.deepcopy(base), tiny.tuned(base, 3)
+    model = FusedCausalLM.from_members(
+        tiny.make(seed=0, width=48),
+        base,
+        {"idle": same, "busy": other},
+        tokenizer=tiny.make_tokenizer(),
+        strategy={"amount": "static", "chooser": "confident"},
+    )
+    new_tokens(model, PROMPTS[0], speculate=3, speculate_draft="lately", max_new_tokens=3)
+    assert set(model.last_speculation.drafters) == {"busy"}

@@ -11,6 +11,7 @@ from typing import Any
 from trimtab.cli import options, output
 from trimtab.cli.generate import take_prompt_from_model
 from trimtab.core.errors import EmptyPrompt, InputError
+from trimtab.core.writing import write_whole
 
 EXAMPLE = (
     "trimtab explain --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts "
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     fused = options.open_fused(args)
     asked: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     trace = fused.trace(asked, max_new_tokens=args.max_new_tokens).to_dict()
-    page.write_text(explain_page(trace), encoding="utf-8")
+    write_whole(page, explain_page(trace))
     alpha_plot(trace, plot)
     result = {"page": str(page), "plot": str(plot), "trace": trace}
     settings = {"strategy": fused.strategy.to_dict(), "chat": args.chat, "max_new_tokens": args.max_new_tokens}

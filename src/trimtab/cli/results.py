@@ -12,6 +12,7 @@ from typing import Any
 
 from trimtab.cli import options, output
 from trimtab.core.errors import InputError, UnreadableModel
+from trimtab.core.writing import write_whole
 from trimtab.measure.pages import finite
 
 EXAMPLE = "trimtab results --items 20 --seeds 0,1 --pairs far -o runs/results.md"
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     seeds = seeds_of(args.seeds)
     found = measure(args, seeds)
     write_page(page, found)
-    beside.write_text(json.dumps(finite(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(beside, json.dumps(finite(found), indent=1, allow_nan=False) + "\n")
     settings = {"pairs": list(found), "items": args.items, "seeds": seeds}
     result = {"page": str(page), "data": str(beside), "pairs": found}
     output.emit(args.json, output.document(result, settings), lambda: print(f"{page}\n{beside}"))
@@ -110,7 +111,7 @@ def update_readme(readme: Path, beside: Path) -> None:
     found = read_measured(beside)
     try:
         text = readme.read_text(encoding="utf-8")
-        readme.write_text(replace_between_markers(text, headline_table(found)), encoding="utf-8")
+        write_whole(readme, replace_between_markers(text, headline_table(found)))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{readme}: {error}.", "The table goes between two comments.", f"add the lines {START} and {END}."

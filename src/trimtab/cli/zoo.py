@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.cli import options, output
 from trimtab.core.errors import TrimtabError
+from trimtab.core.writing import write_whole
 
 EXAMPLE = "trimtab zoo info"
 VALIDATION_ITEMS = 240
@@ -83,7 +84,7 @@ def check(args: argparse.Namespace) -> None:
                 found[pair].append(task_regime(panel, task, items[name], is_tuned, shots.get(name), forced[name]))
     text = as_markdown(found)
     if target:
-        target.write_text(text)
+        write_whole(target, text)
     result = {
         pair: {"tasks": [asdict(r) for r in regimes], "criteria": [asdict(c) for c in criteria(pair, regimes)]}
         for pair, regimes in found.items()

@@ -28,7 +28,7 @@ class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
         strategy: dict[str, Any] | None = None,
         prompts: dict[str, Any] | None = None,
         speculate: str | int = "auto",
-        speculate_draft: str = "lately",
+        speculate_draft: str = "auto",
         one_pass: bool | str = "auto",
         vocab_size: int = 0,
         max_position_embeddings: int | None = None,

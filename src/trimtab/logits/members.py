@@ -18,7 +18,7 @@ from trimtab.logits import descent, lora, references, vocabulary
 from trimtab.logits.references import Reference
 
 # Names of members, and of rules that say who drafts.
-RESERVED = ("strong", "base", "fused", "lately", "mixture", "prompt")
+RESERVED = ("strong", "base", "auto", "fused", "lately", "mixture", "prompt")
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names for device maps
 
 

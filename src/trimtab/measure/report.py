@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab.core.writing import write_whole
 from trimtab.measure import pages, tables, verdict
 from trimtab.measure.explain_page import explain_page, token_strip
 from trimtab.measure.plots import alpha_plot, score_plot
@@ -29,11 +30,11 @@ def write_report(folder: Path, document: Mapping[str, Any], scores: Scores, show
     """Write index.html, its plots as PNG, a page per shown answer and the document as JSON; returns the page."""
     plots = draw_tables(folder, document)
     for answer in shown:
-        (folder / f"explain-{answer.task}.html").write_text(explain_page(answer.trace), encoding="utf-8")
+        write_whole(folder / f"explain-{answer.task}.html", explain_page(answer.trace))
         alpha_plot(answer.trace, folder / f"explain-{answer.task}.png")
-    (folder / "results.json").write_text(json.dumps(pages.finite(document), indent=2), encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(pages.finite(document), indent=2))
     page = folder / "index.html"
-    page.write_text(report_page(document, scores, shown, plots), encoding="utf-8")
+    write_whole(page, report_page(document, scores, shown, plots))
     return page
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from trimtab.core.writing import write_whole
 from trimtab.measure import pages, tables, verdict
 from trimtab.measure.report import draw_tables, paper_grid
 
@@ -49,7 +50,7 @@ def write_page(page: Path, found: Mapping[str, Any]) -> None:
     """The page, and beside it one picture per pair and table."""
     for pair, measured in found.items():
         draw_tables(page.parent, measured["pooled"], prefix=picture_prefix(page, pair))
-    page.write_text(markdown(found, page), encoding="utf-8")
+    write_whole(page, markdown(found, page))
 
 
 def picture_prefix(page: Path, pair: str) -> str:

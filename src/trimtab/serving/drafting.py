@@ -23,7 +23,7 @@ from trimtab.logits import references, saving
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.placing import written_beside
 from trimtab.logits.references import Reference
-from trimtab.logits.speculation.draft import LATELY, LEAST_NGRAM, NGRAM, PROMPT
+from trimtab.logits.speculation.draft import CHEAPEST, LATELY, LEAST_NGRAM, NGRAM, PROMPT
 from trimtab.logits.speculation.length import FIRST, LONGEST
 from trimtab.logits.speculation.plan import AUTO, Plan, too_small
 from trimtab.serving.plan import DRAFTER, ServingPlan, make_plan
@@ -78,7 +78,8 @@ def translated(
     raises      as `speculative_config`
 
     vLLM keeps one length and one drafter for as long as it runs. So "auto" stands for drafts of one length where the
-    members' sizes say that they pay, and none where not; "lately" for the first expert, full ones before adapters.
+    members' sizes say that they pay, and none where not; as drafters "auto" and
+    "lately" stand for the first expert, full ones before adapters.
     """
     place = Path(os.fspath(directory))
     config = saving.read_config(place)
@@ -94,13 +95,14 @@ def translated(
         return Speculation(None, f"Nobody drafts: {why_not}.")
     tokens = FIRST if chosen.fixed_length is None else chosen.fixed_length
     who = "The text's own n-grams draft" if rule == PROMPT else f"'{rule}' drafts"
-    instead = ", in the place of 'lately': vLLM keeps one drafter" if chosen.draft == LATELY else ""
+    is_ours = chosen.draft in (CHEAPEST, LATELY)
+    instead = f", in the place of '{chosen.draft}': vLLM keeps one drafter" if is_ours else ""
     return Speculation(speculative_config(place, rule, tokens), f"{who} {tokens} tokens at a time{instead}.")
 
 
 def _settled(rule: str, place: Path, config: FusedConfig) -> str:
-    """A rule that holds for as long as the engine runs: "lately" becomes the first full expert, else the first."""
-    if rule != LATELY:
+    """A rule that holds while the engine runs: "auto" and "lately" become the first full expert, or adapter."""
+    if rule not in (CHEAPEST, LATELY):
         return rule
     _, _, experts = saving.references_of(config)
     full = [name for name, part in experts.items() if not references.is_adapter(references.locate(part, place)[1])]

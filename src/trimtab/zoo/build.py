@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trimtab.core.writing import write_whole
 from trimtab.zoo.corpus import Corpus
 from trimtab.zoo.store import MANIFEST, PREFIX, model_path, sha256
 from trimtab.zoo.tasks import TASKS, TUNED_TASKS, Item, draw_items, write_items
@@ -162,7 +163,7 @@ def _make_model(
         tokenizer.save_pretrained(path)
         tuned.save_pretrained(path)
     (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    receipt.write_text(json.dumps({**made_by, "seconds": round(time.monotonic() - started, 1)}, indent=2) + "\n")
+    write_whole(receipt, json.dumps({**made_by, "seconds": round(time.monotonic() - started, 1)}, indent=2) + "\n")
 
 
 def _make_base(
@@ -198,8 +199,6 @@ def _write_manifest(folder: Path, plan: Plan, models: list[str]) -> dict[str, An
         "models": {name: json.loads((model_path(name, folder) / "built.json").read_text()) for name in models},
         "files": {str(path.relative_to(folder)): sha256(path) for path in shipped},
     }
-    beside = folder / "manifest.tmp"
-    beside.write_text(json.dumps(manifest, indent=1) + "\n")
-    beside.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     (folder / "rows.safetensors").unlink(missing_ok=True)
     return manifest

@@ -14,6 +14,7 @@ from random import Random
 from typing import Literal
 
 from trimtab.core.errors import UnreadableModel, unknown_name
+from trimtab.core.writing import write_whole
 from trimtab.zoo import words
 from trimtab.zoo.store import root
 from trimtab.zoo.world import SPLITS, Fact, Subject, World
@@ -234,10 +235,7 @@ def items_path(task: str, split: Split = "test") -> Path:
 
 def write_items(path: Path, items: list[Item]) -> None:
     """Write items as JSONL, beside and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items))
-    beside.replace(path)
+    write_whole(path, "".join(json.dumps(asdict(item)) + "\n" for item in items))
 
 
 def read_items(path: Path) -> list[Item]:

@@ -107,7 +107,8 @@ class SpeculativeDecoder:
         self._reading, self._reader = reading, reading.reader
         self._strategy, self._names, self._run_of = strategy, tuple(expert_names), run_of
         self._rows, self._scorer, self._length, self._meter = rows, scorer, length, meter
-        self._rule, self._do_sample, self._vocab = rule, do_sample, vocab_size
+        self._do_sample, self._vocab = do_sample, vocab_size
+        self._rule = drafting.settled(rule, self._names, len(self._lanes_with(("base", *self._names))) == 1)
         self._lately = torch.zeros(len(self._names))
         self._in_forwards = 0.0
         self._is_careful = False  # the next round reads one token alone
@@ -144,7 +145,8 @@ class SpeculativeDecoder:
         # Where everybody has read the whole draft, the position behind it is fused with the others.
         target = self._target(logits, draft.width + (not serial), texts, draft)
         if is_opening and draft.width and target.broken:
-            # A NaN behind the prompt has reached all that was read with it: the prompt is read again, by itself.
+            # A NaN behind the prompt has reached all that was read with it: the prompt is read again, by itself. (That
+            # the draft is dropped for what it holds makes samples lean away from tokens behind which a member breaks.)
             self._reading.start_again(read)
             self._is_careful = True
             return
@@ -310,8 +312,8 @@ class SpeculativeDecoder:
         laws_out, weights_out, broken = [], [], dict[int, int]()
         for _, laws in self._reader.laws(logits, kept, broken=broken):
             fusion = self._strategy(laws.strong, laws.base, laws.experts)
-            laws_out.append(fusion.log_probs)
-            weights_out.append(_weights(fusion))
+            laws_out.append(fusion.log_probs.to(self._rows.device))  # texts and drafts may live elsewhere than members
+            weights_out.append(_weights(fusion).to(self._rows.device))
         log_probs, weights = torch.cat(laws_out), torch.cat(weights_out, dim=1)
         places = [(*divmod(place, kept), run) for place, run in broken.items()]
         return log_probs.view(rows, kept, -1), weights.view(-1, rows, kept), places

@@ -1,6 +1,7 @@
 """Who drafts: one small member, all of them together, or the text itself.
 
     NAME      that expert, or the base
+    auto      fused where base and several experts are read in one forward, so that it costs no more; else lately
     lately    the expert that had most weight in the last accepted tokens
     mixture   the average of all experts' laws
     fused     the small models' own fused law: the strategy with the base in the strong model's place
@@ -24,8 +25,8 @@ from torch import Tensor
 from trimtab.core.errors import BadSetting, unknown_name
 from trimtab.logits.strategy import Strategy
 
-LATELY, MIXTURE, FUSED, PROMPT = "lately", "mixture", "fused", "prompt"
-RULES = (LATELY, MIXTURE, FUSED, PROMPT)
+CHEAPEST, LATELY, MIXTURE, FUSED, PROMPT = "auto", "lately", "mixture", "fused", "prompt"
+RULES = (CHEAPEST, LATELY, MIXTURE, FUSED, PROMPT)
 FADE = 0.9  # how much of an expert's weight is remembered per accepted token
 NGRAM, LEAST_NGRAM = 4, 2  # longest and shortest ends of the text that are looked up
 
@@ -65,10 +66,20 @@ def check_rule(rule: str, expert_names: Sequence[str]) -> None:
         )
 
 
+def settled(rule: str, expert_names: Sequence[str], is_one_forward: bool) -> str:
+    """The rule that "auto" stands for; any other as it is.
+
+    is_one_forward   whether base and experts are read together, whoever drafts
+    """
+    if rule != CHEAPEST:
+        return rule
+    return FUSED if is_one_forward and len(expert_names) > 1 else LATELY
+
+
 def drafter_for(
     rule: str, expert_names: Sequence[str], strategy: Strategy, weights: Float[Tensor, " expert"]
 ) -> Drafter:
-    """The drafter that a rule, of which `check_rule` approves, stands for now.
+    """The drafter that a rule, which `check_rule` approves and `settled` has settled, stands for now.
 
     weights   [expert]   how much each expert weighed lately, for the rule "lately"
     """

@@ -20,7 +20,7 @@ RETRY = 24  # rounds without a draft after which one token is drafted, to see wh
 
 @dataclass
 class Costs:
-    """Seconds that one forward takes, by the tokens that it reads per row; learned while decoding."""
+    """Seconds that one forward takes, by the tokens that it reads in all rows together; learned while decoding."""
 
     seconds: dict[int, float] = field(default_factory=dict)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from trimtab.core.errors import BadSetting
 from trimtab.logits.cache import FusedCache
-from trimtab.logits.members import Member
-from trimtab.logits.speculation.draft import LATELY, check_rule
+from trimtab.logits.members import Member, Members
+from trimtab.logits.speculation.draft import CHEAPEST, FUSED, LATELY, PROMPT, check_rule
 from trimtab.logits.speculation.length import LONGEST
 from trimtab.logits.speculation.processors import stateful_among
 from trimtab.logits.speculation.ragged import immovable
@@ -24,11 +24,11 @@ class Plan:
     """How to speculate.
 
     speculate   "auto": drafts of the length that pays, none where nothing pays; 0: never; N: always N tokens
-    draft       who drafts: "lately", "mixture", "fused", "prompt", "base" or an expert's name
+    draft       who drafts: "auto", "lately", "mixture", "fused", "prompt", "base" or an expert's name
     """
 
     speculate: str | int = AUTO
-    draft: str = LATELY
+    draft: str = CHEAPEST
 
     def check(self, expert_names: Sequence[str]) -> "Plan":
         """This plan; raises BadSetting or UnknownName for values that mean nothing."""
@@ -48,19 +48,32 @@ class Plan:
         return None if isinstance(self.speculate, str) else self.speculate
 
 
-def small_strong(strong: Member, small: Sequence[Member]) -> str | None:
-    """Why drafts cannot pay for these members, judged by what one token costs each; None when they may."""
-    return too_small(step_bytes(strong), min((step_bytes(member) for member in small), default=0))
+def small_strong(members: Members, rule: str) -> str | None:
+    """Why drafts cannot pay, judged by what a token costs the strong model and who drafts; None when they may."""
+    return too_small(step_bytes([members.strong]), _drafter_bytes(members, rule))
 
 
-def too_small(cost: int, cheapest: int) -> str | None:
-    """Why drafts cannot pay where a token costs the strong model and the cheapest drafter so many bytes; or None."""
-    if cost >= WORTH_BYTES and cost >= WORTH_RATIO * cheapest:
+def _drafter_bytes(members: Members, rule: str) -> int:
+    if rule == PROMPT:
+        return 0
+    if rule in members.experts:
+        return step_bytes([members.experts[rule]])
+    experts = list(members.experts.values())
+    if rule == "base" or not experts:
+        return step_bytes([members.base])
+    if rule in (CHEAPEST, LATELY):
+        return min(step_bytes([expert]) for expert in experts)
+    return step_bytes([*experts, *([members.base] if rule == FUSED else [])])
+
+
+def too_small(cost: int, drafting: int) -> str | None:
+    """Why drafts cannot pay where a token costs the strong model and a drafter so many bytes; None when they may."""
+    if cost >= WORTH_BYTES and cost >= WORTH_RATIO * drafting:
         return None
     return (
-        f"the strong model is too small for drafts to pay: a token goes through {cost / 1e6:.0f} MB of weights, in the "
-        f"smallest member through {cheapest / 1e6:.0f} MB; at least {WORTH_BYTES / 1e6:.0f} MB and {WORTH_RATIO} times "
-        "as much would be worth it"
+        f"the strong model is too small for drafts to pay: a token goes through {cost / 1e6:.0f} MB of weights, a "
+        f"drafted one through {drafting / 1e6:.0f} MB; at least {WORTH_BYTES / 1e6:.0f} MB and {WORTH_RATIO} times as "
+        "much would be worth it"
     )
 
 
@@ -68,10 +81,10 @@ def too_small(cost: int, cheapest: int) -> str | None:
 WORTH_BYTES, WORTH_RATIO = 10_000_000, 2
 
 
-def step_bytes(member: Member) -> int:
+def step_bytes(members: Sequence[Member]) -> int:
     """Bytes of weights that one token has to go through; what a step costs, at batch 1, on any memory-bound device."""
-    seen = {id(weight): weight.numel() * weight.element_size() for weight in member.model.parameters()}
-    return sum(seen.values())
+    weights = (weight for member in members for weight in member.model.parameters())
+    return sum({id(weight): weight.numel() * weight.element_size() for weight in weights}.values())
 
 
 def obstacle(
@@ -89,8 +102,10 @@ def obstacle(
     """Why this generation cannot be speculated; None when it can."""
     if synced or config.is_assistant:
         return "this model assists another one, or waits for others at every step"
-    if not isinstance(cache, FusedCache):
+    if cache is None:
         return "there is no cache (use_cache=False)"
+    if not isinstance(cache, FusedCache):
+        return f"past_key_values is a {type(cache).__name__}, and the members' caches live in one FusedCache"
     for ingredient in (strategy.amount, strategy.chooser):
         if getattr(ingredient, "looks_back", False):
             return f"{type(ingredient).__name__} looks back at earlier steps, so that a draft would change its law"

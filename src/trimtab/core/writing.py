@@ -1,0 +1,14 @@
+"""Files that are there whole, or as they were."""
+
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file in UTF-8, written beside and then renamed: no reader sees half of it, and a failure loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
