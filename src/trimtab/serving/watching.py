@@ -67,8 +67,12 @@ class SteeredEngine:
         vLLM would tell the client to try again later (503), before it looks whether so many choices are allowed.
         """
         most = self.engine.scheduler_config.max_num_queued_reqs
-        if most is not None and n > most:
-            raise VLLMValidationError(f"{n} choices are more than the queue ever takes, {most}.", parameter="n")
+        if most is not None and n > max(most, 1):
+            raise VLLMValidationError(
+                f"more choices were asked for than the {most} that may be under way for all requests together; see "
+                "VLLM_MAX_N_SEQUENCES and --max-num-queued-reqs.",
+                parameter="n",
+            )
         self._check_admission(n, request_id)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:

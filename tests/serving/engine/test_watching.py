@@ -20,7 +20,7 @@ class Dropping:
     """An engine that says three tokens, and whose workers keep so many steps of them."""
 
     renderer = SimpleNamespace(tokenizer=None)
-    vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_queued_reqs=10))
+    scheduler_config = SimpleNamespace(max_num_queued_reqs=10)
 
     def __init__(self, kept):
         self.kept, self.asked = kept, []
@@ -70,7 +70,7 @@ def test_a_trace_is_whole_cut_dropped_or_unknown():
 def test_more_choices_than_the_queue_ever_takes_are_the_clients_fault():
     engine = Dropping(3)
     SteeredEngine(engine, STRATEGY)
-    for n in (11, 10**20):
+    for n in (11, 10**20, 10**400):
         with pytest.raises(VLLMValidationError, match="VLLM_MAX_N_SEQUENCES"):
             engine.check_admission(n)
     with pytest.raises(QueueOverflowError):
