@@ -42,6 +42,46 @@ def expand(
     output.copy_(replaced.repeat_interleave(counts))
 
 
+def mend_seeded_draws() -> None:
+    """Lets the prompt of a seeded request be read in several steps.
+
+    Each such step draws a token that is thrown away. vLLM 0.32 then winds the request's generator back by its offset,
+    which generators of CPUs do not have: the engine ends, and with it everybody's requests. Here the generator gets
+    back the state that it had before the draw, and vLLM does not see it while it winds back. Called again, nothing
+    changes.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    if getattr(CPUModelRunner._sample, "is_mended", False):
+        return
+    sample, keep_books = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def sample_and_restore(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states = [(drawing, drawing.get_state()) for drawing in _in_vain(self).values()]
+        found = sample(self, *args, **kwargs)
+        for drawing, state in states:
+            drawing.set_state(state)
+        return found
+
+    def keep_books_unseen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = _in_vain(self)
+        for place in hidden:
+            del self.input_batch.generators[place]
+        try:
+            return keep_books(self, *args, **kwargs)
+        finally:
+            self.input_batch.generators.update(hidden)
+
+    sample_and_restore.is_mended = True  # type: ignore[attr-defined]
+    CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = sample_and_restore, keep_books_unseen
+
+
+def _in_vain(runner: Any) -> dict[int, torch.Generator]:
+    """Generators of the requests, by place in the batch, whose prompt is not read to its end in this step."""
+    is_partial = runner.discard_request_mask.np
+    return {place: drawing for place, drawing in runner.input_batch.generators.items() if is_partial[place]}
+
+
 def deny_llvmlite_fields() -> None:
     """Lets vLLM's CPU build start where llvmlite is imported, which the compiled solver does.
 

@@ -17,10 +17,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 
 from trimtab.core.errors import BadSetting
 from trimtab.serving.heads import fill_heads
+from trimtab.serving.mending import mend_seeded_draws
 from trimtab.serving.merging import merged
 from trimtab.serving.plan import Body, check_body, check_complete, make_plan
 from trimtab.serving.rows import draft_rows, fuse_rows
@@ -35,6 +37,8 @@ class FusedForVllm(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            mend_seeded_draws()  # here, as the model runner has been imported
         _refuse_other_formats(vllm_config.load_config)
         fused = vllm_config.model_config
         self.plan = make_plan(fused.hf_config, _local(fused.model))

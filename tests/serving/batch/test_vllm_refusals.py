@@ -22,7 +22,7 @@ UNCOMPILED = {"type": "object", "patternProperties": {"(": {}}}  # taken; the gr
 def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refusals") / "fused"
     FusedCausalLM.from_members("zoo:strong", "zoo:small", {"facts": "zoo:small/facts"}).save_pretrained(folder)
-    engine = VllmEngine(folder, None, {"max_num_seqs": 8})
+    engine = VllmEngine(folder, None, {"max_num_seqs": 8, "max_num_batched_tokens": 32})
     yield engine
     engine._llm.llm_engine.engine_core.shutdown()
     gc.collect()
@@ -103,3 +103,14 @@ def test_a_text_that_is_not_whole_is_an_error(reason, schema, kind):
     assert type(found) is kind
     assert reason in str(found) or "response_format" in str(found)
     assert len(_answer(sampling, [output(0, "stop"), output(1, "length")])) == 2
+
+
+def test_seeded_rows_whose_prompts_are_read_in_parts_have_their_texts_in_whatever_batch(engine):
+    """Steps of 32 tokens: every prompt takes several, and how many depends on who is there, too."""
+    prompts = [f"Q: {number}+{number}=\nA: {number}\n" * 8 for number in range(4)]
+    rows = [complete(f"r{n}", prompt, temperature=1.0, seed=n, max_tokens=10) for n, prompt in enumerate(prompts)]
+    alone = [ask(engine, row)[0] for row in rows]
+    assert all(outcome.value["usage"]["prompt_tokens"] > 64 for outcome in alone)
+    together = ask(engine, *rows)
+    assert [one.value["choices"] for one in together] == [one.value["choices"] for one in alone]
+    assert len({one.value["choices"][0]["text"] for one in alone}) > 1
