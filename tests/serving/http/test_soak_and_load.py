@@ -1,16 +1,18 @@
 """The soak in a short form, and the load generator, against a server of their own."""
 
+import asyncio
 import math
+import random
 import sys
 
 import pytest
 from bench.served import running
-from bench.soak import Settings, command, soak, write_fused
+from bench.soak import Settings, Tally, Visitor, client_of, command, soak, write_fused
 from bench.traffic import figures_of, jobs_of, send
 
 from bench import served
 
-SETTINGS = Settings(seconds=15, warm_up=15, visitors=8, most_requests=24)
+SETTINGS = Settings(seconds=20, warm_up=30, visitors=8, most_requests=24)  # see soak.WARM_UP: most of it is over then
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,17 @@ def test_as_many_as_allowed_are_under_way(lone_server):
     assert all(start >= end for start, end in zip(starts[2:], ends, strict=False))
 
 
+@pytest.mark.parametrize("choices", [257, 10**9])
+def test_more_choices_than_there_can_be_are_no_matter_of_trying_again(lone_server, choices):
+    async def ask():
+        async with client_of(lone_server) as client:
+            return await client.post("/v1/completions", json={"model": served.MODEL, "prompt": "a", "n": choices})
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 400, answer.text
+    assert "VLLM_MAX_N_SEQUENCES" in answer.text
+
+
 def test_a_short_soak_leaves_nothing_behind(lone_server):
     found = soak(lone_server, SETTINGS, lambda text: None)
     assert [check for check in found["checks"] if not check["is_met"]] == [], found["wrong"]
@@ -49,6 +62,7 @@ def test_a_short_soak_leaves_nothing_behind(lone_server):
     assert visits == {"whole", "streamed", "chat", "cancelled", "left", "hung_up", "nonsense"}
 
 
+# Fails at once; called with "late", in the middle of what it streams.
 BROKEN = """
 import http.server, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -56,14 +70,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(200, b"vllm:num_requests_running 1\\nvllm:num_requests_waiting 0\\nvllm:kv_cache_usage_perc 0.5\\n")
     def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         Handler.held += b"x" * 200_000
-        self.answer(500, b"{}")
+        if b'"stream":' not in body or sys.argv[1] != "late":
+            return self.answer(500, b"{}")
+        self.answer(200, b'data: {"choices": []}\\n\\ndata: {"error": {"code": 500}}\\n\\ndata: [DONE]\\n\\n')
     def answer(self, status, text):
         self.send_response(status); self.send_header("Content-Length", str(len(text))); self.end_headers()
         self.wfile.write(text)
     def log_message(self, *_): pass
-http.server.ThreadingHTTPServer((sys.argv[2], int(sys.argv[4])), Handler).serve_forever()
+http.server.ThreadingHTTPServer((sys.argv[-3], int(sys.argv[-1])), Handler).serve_forever()
 """
 
 
@@ -77,3 +93,21 @@ def test_a_broken_server_fails_every_check(tmp_path, monkeypatch):
     assert not any(met.values()), found["checks"]
     assert len(met) == 7
     assert any("500" in what for what in found["wrong"])
+
+
+@pytest.mark.parametrize(("words", "says"), [(["at once"], ": 500"), (["late"], '{"error": {"code": 500}}')])
+def test_a_failure_is_seen_by_every_kind_of_visit(tmp_path, words, says):
+    async def visit(server, name):
+        tally = Tally()
+        async with client_of(server) as client:
+            visitor = Visitor(server, client, ["Q: a"], tally, random.Random(7))
+            visitor.draw.uniform = lambda low, high: 60.0  # no visitor loses patience
+            visitor.draw.randint = lambda low, high: high
+            await getattr(visitor, name)()
+        return tally
+
+    with running([sys.executable, "-c", BROKEN, *words], tmp_path) as server:
+        for name in ("streamed", "left") if words == ["late"] else ("whole", "chat", "streamed", "cancelled", "left"):
+            tally = asyncio.run(visit(server, name))
+            assert tally.wrong_count == 1, name
+            assert says in tally.wrong[0], name
