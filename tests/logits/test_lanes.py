@@ -422,6 +422,9 @@ def test_the_setting_decides_and_the_lanes_say_why(tmp_path, monkeypatch):
     model.one_pass = "auto"
     assert len(model.reader.lanes) == 4
     assert "longer to read than operations to start" in model.reader.lanes[1].reason
+    monkeypatch.setattr(one_pass, "MANY", 3)  # members, from which on larger ones are joined, too
+    model.one_pass = "auto"
+    assert len(model.reader.lanes) == 2
     model.one_pass = True
     assert len(model.reader.lanes) == 2
     with pytest.raises(BadSetting, match=r"(?s)one_pass is 'yes'.*Known: \"auto\", True, False"):

@@ -22,8 +22,10 @@ from trimtab.logits.members import Member
 from trimtab.logits.stacking import Stack
 
 OnePass = bool | str  # True, False, "auto"
-# Stacking saves the start of each operation and no byte that is read: measured by `python -m bench onepass`.
-STACKING_PAYS_BYTES = 2**24  # parameters of one member
+# Stacking saves the start of each operation and no byte that is read: measured by `python -m bench onepass`. Of few
+# members it saves little more than drafts lose by it, where all are read at every drafted token and one would do.
+STACKING_PAYS_BYTES, STACKING_MANY_PAYS_BYTES = 2**24, 2**27  # parameters of one member
+MANY = 4  # members
 # The joint logits of a probe may differ from the separate ones by so much of the largest, at these number types.
 MOST_DIFFERENCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Runs whose own logits differ by less than this share of their norm count as the same: some times the rounding of a
@@ -105,7 +107,7 @@ class LanePlan:
         models = [member.model for member in members]
         reason = stacking.why_not(models[0])
         if not reason and self._one_pass == "auto":
-            reason = _why_no_gain(models[0])
+            reason = _why_no_gain(models)
         return reason or Lane(places, members, Stack(models), "stacked")
 
     def _difference(self, lane: Lane) -> str:
@@ -142,11 +144,12 @@ def _why_not_any(models: Sequence[Any]) -> str:
     return ""
 
 
-def _why_no_gain(model: Any) -> str:
+def _why_no_gain(models: Sequence[Any]) -> str:
+    model, most = models[0], STACKING_MANY_PAYS_BYTES if len(models) >= MANY else STACKING_PAYS_BYTES
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if model.device.type != "cpu":
         return f"on {model.device.type} nothing was measured yet: one_pass=True joins"
-    if size > STACKING_PAYS_BYTES:
+    if size > most:
         return f"{size / 2**20:.0f} MiB of weights take longer to read than operations to start: one_pass=True joins"
     return ""
 
