@@ -63,11 +63,13 @@ def _is_step(case: Case) -> bool:
     return case.name.startswith(decode.STEP)
 
 
-def _where(wanted: Callable[[Case], bool], arm: str, reference: str) -> Callable[[list[Case]], Iterator[Found]]:
+def _where(
+    wanted: Callable[[Case], bool], arm: str, reference: str, figure: str | None = None
+) -> Callable[[list[Case]], Iterator[Found]]:
     def find(cases: list[Case]) -> Iterator[Found]:
         for case in cases:
             if wanted(case) and arm in case.runs and reference in case.runs:
-                yield case.name, spread(ratios(case, arm, reference))
+                yield case.name, spread(ratios(case, arm, reference, figure))
 
     return find
 
@@ -129,11 +131,16 @@ BARS = (
         _where(lambda case: True, solve.OURS, solve.GRID),
     ),
     Bar(
-        "Memory of base and four LoRA experts in the fused model, over base + adapters",
+        "Weights of base and four LoRA experts in the fused model's memory, over base + adapters",
         "memory",
         1.10,
         False,
-        _where(lambda case: case.name == memory.small_part_of("4 LoRA experts"), memory.SMALL_PART, memory.PARTS),
+        _where(
+            lambda case: case.name == memory.small_part_of("4 LoRA experts"),
+            memory.SMALL_PART,
+            memory.PARTS,
+            "weights_mib",
+        ),
     ),
     Bar("Peak memory, over the sum of the members with their caches, everywhere", "memory", 1.10, False, _any_memory),
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.bars import BARS, MISSED, Bar
+from bench.bars import BARS, MET, MISSED, Bar
+from bench.decode import CENTRE
 from bench.harness import Case, figures, listed, ratios, spread
 from trimtab.core.errors import InputError
 from trimtab.core.writing import write_whole
@@ -108,20 +109,24 @@ def _machine(name: str, files: Mapping[str, Path], page: Path) -> Iterator[str]:
 
 
 def bar_rows(documents: Mapping[str, Document], bars: Sequence[Bar] = BARS) -> Iterator[str]:
-    """A table of what was promised and what was measured.
+    """A table of what was promised, and what was measured: at the worst place, at how many it is met, at the centre.
 
     documents   bench -> what it found
     """
-    yield "| promised | ratio | measured | | where |"
-    yield "|---|---|---|---|---|"
+    yield "| promised | ratio | measured, worst | | where | met at | at the centre |"
+    yield "|---|---|---|---|---|---|---|"
     for bar in bars:
         document = documents.get(bar.bench)
         worst = bar.worst(document) if document is not None else None
         if document is None or worst is None:
-            yield f"| {bar.claim} | {bar.demand} | – | not measured | |"
+            yield f"| {bar.claim} | {bar.demand} | – | not measured | | | |"
         else:
             quick = ", quick form" if document["is_quick"] else ""
-            yield f"| {bar.claim} | {bar.demand} | {_ratio(worst[1])} | {_verdict(bar, worst[1])} | {worst[0]}{quick} |"
+            found = list(bar.find(harness.cases_of(document)))
+            met = sum(bar.verdict(ratio) == MET for _, ratio in found)
+            centre = next((_ratio(ratio) for name, ratio in found if name == CENTRE), "")
+            cells = [bar.claim, bar.demand, _ratio(worst[1]), _verdict(bar, worst[1]), f"{worst[0]}{quick}"]
+            yield f"| {' | '.join(cells)} | {met} of {len(found)} | {centre} |"
     yield ""
 
 
