@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test test-thorough venv-vllm test-vllm soak bench-serving lint format docs results bench bench-full zoo browser browser-vllm clean help
+.PHONY: demo test test-thorough venv-vllm test-vllm test-vllm-thorough soak bench-serving lint format docs results bench bench-full zoo browser browser-vllm clean help
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -31,6 +31,9 @@ venv-vllm: .venv-vllm/.installed  ## the environment of the vLLM plug-in, .venv-
 
 test-vllm: .venv-vllm/.installed browser-vllm  ## fused directories in vLLM against the transformers engine, and served (some minutes)
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default --numprocesses 2 --dist loadgroup tests/serving
+
+test-vllm-thorough: .venv-vllm/.installed browser-vllm  ## what `make test-vllm` leaves out: compiled engines, batches killed on Ray, a short soak
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default --numprocesses 2 --dist loadgroup -m thorough tests/serving
 
 SOAK_SECONDS ?= 600
 soak: .venv-vllm/.installed  ## the server among random clients, then under attack, each for ten minutes (SOAK_SECONDS)

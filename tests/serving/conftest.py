@@ -9,12 +9,11 @@ HERE = Path(__file__).parent
 collect_ignore = [] if find_spec("vllm") else ["engine"]
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_itemcollected(item) -> None:
     """For `--dist loadgroup`: what shares an engine or a server runs in one process."""
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            place = item.path.relative_to(HERE)
-            item.add_marker(pytest.mark.xdist_group("http" if place.parts[0] == "http" else str(place)))
+    if item.path.is_relative_to(HERE):
+        place = item.path.relative_to(HERE)
+        item.add_marker(pytest.mark.xdist_group("http" if place.parts[0] == "http" else str(place)))
 
 
 @pytest.fixture(autouse=True, scope="session")

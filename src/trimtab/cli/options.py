@@ -77,8 +77,8 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
         "--draft",
         metavar="WHO",
         help="who drafts: an expert's name or base, lately (the expert with most weight), mixture (all experts), fused "
-        "(the small models' own fused law), prompt (n-grams of the text) or auto (fused where it costs no more than "
-        "one expert, else lately)",
+        "(the small models' own fused law), prompt (n-grams of the text) or auto (mixture where it costs no more "
+        "than one expert, else lately)",
     )
     group.add_argument(
         "--one-pass",

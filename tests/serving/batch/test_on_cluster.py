@@ -108,6 +108,7 @@ def test_a_cluster_that_is_not_there_is_told_at_once(fused_dir, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.thorough
 def test_a_cluster_that_asks_for_a_token_is_told_apart(address, fused_dir, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [complete("a", PROMPTS[0], max_tokens=4)])
     ran = batch(fused_dir, source, tmp_path / "out.jsonl", "--address", address, RAY_AUTH_MODE="disabled")

@@ -133,6 +133,7 @@ def children_of(process):
         return psutil.Process(process.pid).children(recursive=True)
 
 
+@pytest.mark.thorough
 def test_killed_at_random_moments_it_goes_on_and_no_finished_row_is_done_again(tmp_path):
     moments, before = random.Random(11), set()
     for _ in range(3):

@@ -63,6 +63,7 @@ def check(members, found, wanted):
     assert [until_end(members[1], ids) for ids in found["tokens"]] == wanted
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_compiled_in_a_process_of_its_own_each_member_keeping_code_of_its_own(members, wanted):
     prompts, tokens = wanted

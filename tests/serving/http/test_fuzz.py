@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from servers import KEY
 
-SECONDS = int(os.environ.get("TRIMTAB_FUZZ_SECONDS", "40"))  # of schemathesis; a soak asks for more
+SECONDS = int(os.environ.get("TRIMTAB_FUZZ_SECONDS", "20"))  # of schemathesis; a soak asks for more
 PROMPT = {"model": "zoo", "prompt": "Q: a", "max_tokens": 2}
 CHAT = {"model": "zoo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 HUGE = 10**20

@@ -55,6 +55,7 @@ def test_more_choices_than_there_can_be_are_no_matter_of_trying_again(lone_serve
     assert "VLLM_MAX_N_SEQUENCES" in answer.text
 
 
+@pytest.mark.thorough
 def test_a_short_soak_leaves_nothing_behind(lone_server):
     found = soak(lone_server, SETTINGS, lambda text: None)
     assert [check for check in found["checks"] if not check["is_met"]] == [], found["wrong"]
@@ -83,6 +84,7 @@ http.server.ThreadingHTTPServer((sys.argv[-3], int(sys.argv[-1])), Handler).serv
 """
 
 
+@pytest.mark.thorough
 def test_a_broken_server_fails_every_check(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.soak.QUIET_WITHIN", 1.0)
     with running([sys.executable, "-c", BROKEN], tmp_path) as server:

@@ -108,7 +108,8 @@ class SpeculativeDecoder:
         self._strategy, self._names, self._run_of = strategy, tuple(expert_names), run_of
         self._rows, self._scorer, self._length, self._meter = rows, scorer, length, meter
         self._do_sample, self._vocab = do_sample, vocab_size
-        self._rule = drafting.settled(rule, self._names, len(self._lanes_with(("base", *self._names))) == 1)
+        is_one_forward = len(self._lanes_with(("base", *self._names))) == 1
+        self._rule = drafting.settled(rule, strategy, self._names, is_one_forward)
         self._lately = torch.zeros(len(self._names))
         self._in_forwards = 0.0
         self._is_careful = False  # the next round reads one token alone

@@ -1,7 +1,7 @@
 """Who drafts: one small member, all of them together, or the text itself.
 
     NAME      that expert, or the base
-    auto      fused where base and several experts are read in one forward, so that it costs no more; else lately
+    auto      mixture where several experts that may speak are read in one forward, and it costs no more; else lately
     lately    the expert that had most weight in the last accepted tokens
     mixture   the average of all experts' laws
     fused     the small models' own fused law: the strategy with the base in the strong model's place
@@ -66,14 +66,15 @@ def check_rule(rule: str, expert_names: Sequence[str]) -> None:
         )
 
 
-def settled(rule: str, expert_names: Sequence[str], is_one_forward: bool) -> str:
+def settled(rule: str, strategy: Strategy, expert_names: Sequence[str], is_one_forward: bool) -> str:
     """The rule that "auto" stands for; any other as it is.
 
     is_one_forward   whether base and experts are read together, whoever drafts
     """
     if rule != CHEAPEST:
         return rule
-    return FUSED if is_one_forward and len(expert_names) > 1 else LATELY
+    has_choice = len(expert_names) > 1 and strategy.amount.uses_experts and not hasattr(strategy.chooser, "expert")
+    return MIXTURE if has_choice and is_one_forward else LATELY
 
 
 def drafter_for(
