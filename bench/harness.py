@@ -9,6 +9,7 @@ import contextlib
 import gc
 import io
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -204,11 +205,11 @@ def document(name: str, findings: Findings, options: Options) -> dict[str, Any]:
 
 def command_of(name: str, options: Options) -> str:
     """The command line that measures the same again."""
-    words = ["python -m bench", name, *(["--quick"] if options.is_quick else [])]
+    words = ["python", "-m", "bench", name, *(["--quick"] if options.is_quick else [])]
     given = {"threads": options.threads, "repeats": options.repeats, "only": options.only, "strong": options.strong}
     if options.device != "cpu":
         given["device"] = options.device
-    return " ".join([*words, *(f"--{flag} {value}" for flag, value in given.items() if value)])
+    return shlex.join([*words, *(word for flag, value in given.items() if value for word in (f"--{flag}", str(value)))])
 
 
 def cases_of(found: Mapping[str, Any]) -> list[Case]:

@@ -153,10 +153,10 @@ def error_of(lines: Sequence[str]) -> str:
         if piece == line or piece == "[DONE]":
             continue
         try:
-            is_wrong = "error" in json.loads(piece)
+            found = json.loads(piece)
         except ValueError:
-            is_wrong = True
-        if is_wrong:
+            return piece
+        if not isinstance(found, dict) or "error" in found:
             return piece
     return ""
 

@@ -20,3 +20,10 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
         write_whole(file, "x" * 100_000 + "\ud800")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "page.md").symlink_to(tmp_path / "real.md")
+    write_whole(tmp_path / "page.md", "text")
+    assert (tmp_path / "page.md").is_symlink()
+    assert (tmp_path / "real.md").read_text() == "text"

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
 from trimtab.serving.guard import STEERED_PATHS, Guard
+from trimtab.serving.launch import is_local
 
 XARGS = {"vllm_xargs": {"alpha": 0.5}}
 
@@ -27,7 +29,8 @@ def status_of(
     address   where the server listens
     told      vLLM's further arguments
     """
-    args = SimpleNamespace(**{"host": address, "uds": None, "api_key": []} | told)
+    is_local = address in ("127.0.0.1", "localhost", "::1")
+    args = SimpleNamespace(**{"host": address, "uds": None, "api_key": [], "trimtab_is_local": is_local} | told)
     headers = [] if host is None else [(b"host", host.encode())]
     headers += [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     scope = {
@@ -49,7 +52,8 @@ def status_of(
     async def answer(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    asyncio.run(Guard(answer)(scope, receive, send))
+    with ThreadPoolExecutor(1) as apart:  # an open browser of other tests keeps a loop in this thread
+        apart.submit(lambda: asyncio.run(Guard(answer)(scope, receive, send))).result()
     return sent[0]["status"]
 
 
@@ -86,7 +90,14 @@ def test_other_names_are_answered_with_a_key_at_other_addresses_and_at_sockets()
     assert status_of(host="my.site", api_key=["secret"]) == 401
     assert status_of(host="my.site", address="0.0.0.0") == 200
     assert status_of(host="my.site", uds="/run/trimtab") == 200
-    assert status_of(host="my.site", address="my.site") == 200  # a name that this machine gives itself
+    # A name that this machine gives itself, which stands for a loopback address.
+    assert status_of(host="my.site", address="my.site", trimtab_is_local=True) == 200
+    assert status_of(host="evil.example", address="my.site", trimtab_is_local=True) == 403
+
+
+def test_names_of_loopback_addresses_are_known_whatever_they_are_called() -> None:
+    assert all(map(is_local, ("127.0.0.1", "127.0.1.1", "localhost", "::1")))
+    assert not any(map(is_local, ("0.0.0.0", "::", "192.0.2.1")))
     assert status_of(host="my.site", api_key=[""]) == 403
 
 

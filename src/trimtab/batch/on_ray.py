@@ -206,7 +206,7 @@ def _check_address(address: str) -> None:
         return  # "auto", say: Ray looks for the address
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTED_WITHIN).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last for names that are none
         raise TrimtabError(
             f"the cluster at {address} cannot be reached: {error}.",
             "It is HOST:PORT as `ray start --head` prints it.",

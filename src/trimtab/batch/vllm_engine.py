@@ -71,7 +71,8 @@ class VllmEngine:
             outputs = self._llm.wait_for_completion(use_tqdm=False)
         except Exception as error:
             raise _broken(error) from error
-        assert len(outputs) == refusals.count(None), "vLLM answers each request that it took"
+        if len(outputs) != refusals.count(None):
+            raise BrokenWorker(f"vLLM took {refusals.count(None)} requests and answered {len(outputs)}.")
         found = iter(outputs)
         return [
             _answer(job.sampling, next(found).outputs) if refusal is None else refusal

@@ -1,12 +1,17 @@
 """Files that are there whole, or as they were."""
 
+import os
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A text file in UTF-8, written beside and then renamed: no reader sees half of it, and a failure loses nothing."""
+    """A text file in UTF-8, written beside and then renamed: no reader sees half of it, and a failure loses nothing.
+
+    A link stays one: what it points to is written.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)

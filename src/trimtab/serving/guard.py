@@ -94,7 +94,7 @@ def _is_for_here(scope: Scope, args: Any) -> bool:
     A page of another site may let its own name point to 127.0.0.1 once it is loaded (DNS rebinding): to the browser its
     requests then stay within one site, and reach this server. They still carry that name as `Host`.
     """
-    if getattr(args, "uds", None) or not _is_loopback(args.host or ""):
+    if getattr(args, "uds", None) or not args.trimtab_is_local:
         return True
     name = _header(scope, b"host").decode("latin-1").strip().lower()
     name = name.rpartition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]

@@ -1,5 +1,6 @@
 """A fused directory behind vLLM's OpenAI-compatible server: settings in, vLLM's own arguments out, and off it goes."""
 
+import ipaddress
 import json
 import math
 import os
@@ -114,6 +115,12 @@ def check_port(host: str, port: int) -> None:
             "Another server may run there.",
             "choose another: --port N, --host ADDRESS.",
         ) from error
+
+
+def is_local(host: str) -> bool:
+    """Whether a server that listens there is heard on this machine only."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
 def set_environment() -> None:
@@ -248,6 +255,7 @@ def prepared(settings: ServeSettings) -> Namespace:
     _check_alone(args)
     args.api_key = _keys(settings, args)
     args.trimtab_page = settings.page
+    args.trimtab_is_local = is_local(settings.host)
     args.trimtab_max_body_mib = settings.max_body_mib
     args.trimtab_max_requests = settings.max_requests
     return args
@@ -257,10 +265,10 @@ def _keys(settings: ServeSettings, args: Namespace) -> list[str]:
     """The keys that let a request in: trimtab's, else what vLLM was told, else the environment's; empty: no key."""
     if settings.api_key is not None:
         return [settings.api_key]
-    told = args.api_key or []
+    told = args.api_key or [key for key in [os.environ.get("VLLM_API_KEY")] if key is not None]
     if not all(told):
         raise BadSetting("a key is empty.", "It would let everybody in.", "name a key, or leave the option out.")
-    return told or [key for key in [os.environ.get("VLLM_API_KEY")] if key]
+    return told
 
 
 def _check_alone(args: Namespace) -> None:

@@ -55,11 +55,14 @@ def test_keys_of_trimtab_of_words_passed_on_and_of_the_environment(directory, tm
     assert told(directory, *file).api_key == ["another"]
 
 
-def test_an_empty_key_is_refused(directory, tmp_path):
+def test_an_empty_key_is_refused(directory, tmp_path, monkeypatch):
     with pytest.raises(BadSetting, match="let everybody in"):
         told(directory, api_key="")
     with pytest.raises(BadSetting, match="let everybody in"):
         told(directory, "--config", written(tmp_path, 'api-key: ""'))
+    monkeypatch.setenv("VLLM_API_KEY", "")  # as of a file that is missing
+    with pytest.raises(BadSetting, match="let everybody in"):
+        told(directory)
 
 
 def test_a_file_of_options_has_its_way_over_defaults(directory, tmp_path):

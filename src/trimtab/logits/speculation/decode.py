@@ -8,8 +8,8 @@
 In the first round the prompt stands in the last token's place: the drafter writes on before the strong model has seen
 the prompt, which it then reads together with the draft. A short answer may need one reading by the strong model in all.
 
-No member reads a token twice. A drafter's logits are used again for the fused law. Only where a whole draft stands has
-the drafter to read its last token before the bonus can be drawn.
+No member reads a token twice, unless a NaN has spoilt what was read. A drafter's logits are used again for the fused
+law. Only where a whole draft stands has the drafter to read its last token before the bonus can be drawn.
 """
 
 import math
@@ -150,6 +150,8 @@ class SpeculativeDecoder:
             # the draft is dropped for what it holds makes samples lean away from tokens behind which a member breaks.)
             self._reading.start_again(read)
             self._is_careful = True
+            self.report.rounds += 1
+            self.report.row_rounds += len(texts)
             return
         stood = self._judge(draft, target)
         is_whole = stood == draft.lengths
@@ -189,8 +191,9 @@ class SpeculativeDecoder:
             return self._lately
         self._read(lanes, nothing, read, logits)
         base, *experts = (self._law(logits[self._run_of[name]][:, -1]) for name in small)
-        fusion = self._strategy(base, base, torch.stack(experts))
-        return _weights(fusion).mean(dim=1).cpu()
+        pieces = zip(*(torch.split(law, self._reader.chunk_rows) for law in (base, *experts)), strict=True)
+        fusions = [self._strategy(own, own, torch.stack(others)) for own, *others in pieces]
+        return torch.cat([_weights(fusion) for fusion in fusions], dim=1).mean(dim=1).cpu()
 
     def _draft_length(self, serial: Sequence[int]) -> int:
         rows = len(self._rows.active)

@@ -70,7 +70,7 @@ class RaggedReading:
             self.masks[run] = _longer(self.masks[run], tokens.shape[1])
             self._lengths[run] = self._lengths[run] + tokens.shape[1]
         self._unread.discard(lane)
-        if not self._unread and is_first:
+        if not self._unread and is_first and not self.takes_drafts:
             self.cache.activate_past_recording()
         return logits
 
