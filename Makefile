@@ -44,7 +44,7 @@ soak: .venv-vllm/.installed  ## the server among random clients, then under atta
 demo: .venv/.installed  ## steer the zoo's strong model with small experts: tables, a plot and a page in reports/demo
 	$(BIN)/trimtab demo --output reports/demo --force
 
-test: .venv/.installed browser  ## the test suite, under five minutes on two cores
+test: .venv/.installed browser  ## the test suite, about five minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-thorough: .venv/.installed  ## what `make test` leaves out: laws by larger samples, and mistakes that must be seen

@@ -228,7 +228,7 @@ def test_mistakes_are_seen(cases, monkeypatch, mistake, name, batch, options):
     """2,000 tokens or more of long texts, or some hundred short ones; and far below the honest tests' threshold."""
     case = cases[name]
     is_short = case.end is not None or name == "processors" or batch == 1000
-    texts, steps = ({1: 150, 8: 400, 1000: 4000}, 4) if is_short else ({1: 34, 8: 40}, 60)
+    texts, steps = ({1: 150, 8: 400, 1000: 4000}, 4) if is_short else ({1: 50, 8: 40}, 60)
     mistake(monkeypatch)
     torch.manual_seed(12)
     sample = case.sample(batch, texts[batch], steps, **options)
