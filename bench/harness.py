@@ -304,15 +304,15 @@ def plot(findings: Findings, file: Path) -> None:
 
 
 def save_figure(figure: Any, file: Path) -> None:
-    """A matplotlib figure as PNG of few colours, a fifth of the bytes; written beside and then renamed."""
+    """A matplotlib figure as PNG of few colours, a fifth of the bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     FigureCanvasAgg(figure)
-    drawn, beside = io.BytesIO(), file.with_suffix(".tmp")
+    drawn, saved = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=110, format="png")
-    Image.open(drawn).convert("RGB").quantize(COLOURS).save(beside, format="PNG", optimize=True)
-    beside.replace(file)
+    Image.open(drawn).convert("RGB").quantize(COLOURS).save(saved, format="PNG", optimize=True)
+    write_whole(file, saved.getvalue())
 
 
 def _bars(panel: Any, case: Case) -> None:

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A text file in UTF-8, written beside and then renamed: no reader sees half of it, and a failure loses nothing.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """A file, texts in UTF-8, written beside and then renamed: no reader sees half of it, and a failure loses nothing.
 
     A link stays one: what it points to is written.
     """
@@ -13,7 +13,7 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -78,8 +78,8 @@ def translated(
     raises      as `speculative_config`
 
     vLLM keeps one length and one drafter for as long as it runs. So "auto" stands for drafts of one length where the
-    members' sizes say that they pay, and none where not; as drafters "auto" and
-    "lately" stand for the first expert, full ones before adapters.
+    members' sizes say that they pay, and none where not; as drafters "auto" and "lately" stand for the first expert,
+    full ones before adapters.
     """
     place = Path(os.fspath(directory))
     config = saving.read_config(place)

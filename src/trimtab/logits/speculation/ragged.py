@@ -62,9 +62,7 @@ class RaggedReading:
         With the prompt, which is read first, one position more: the one behind the prompt. `new` may then be 0.
         """
         runs, is_first = self.reader.lanes[lane].runs, lane in self._unread
-        feeds = [self._feed(run, tokens) for run in runs]
-        if is_first:
-            feeds = [_behind(self._prompts[run], tokens) for run in runs]
+        feeds = [_behind(self._prompts[run], tokens) if is_first else self._feed(run, tokens) for run in runs]
         logits = self.reader.lanes[lane].read(feeds, self.cache.views[lane], tokens.shape[1] + is_first)
         for run in runs:
             self.masks[run] = _longer(self.masks[run], tokens.shape[1])
