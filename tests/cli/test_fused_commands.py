@@ -2,11 +2,15 @@
 
 import io
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from trimtab import FusedCausalLM
+from trimtab.logits.generation import REPEATABLE_LENGTH
+from trimtab.logits.speculation.decode import SpeculativeDecoder
+from trimtab.logits.speculation.length import Costs
 
 PROMPT = "Q: Where does Ada Moss live?\\nA:"
 READ = PROMPT.replace("\\n", "\n")
@@ -217,6 +221,42 @@ def test_sampling_repeats_with_its_seed_and_not_with_another(run, fused_dir) -> 
     assert first["seed"] == 1
 
 
+@pytest.fixture
+def costs_that_waver(monkeypatch) -> None:
+    """Small members are worth drafts, and what forwards seem to cost is another at each measurement."""
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
+    numbers = random.Random()  # seeded by the system: what is measured can be foreseen by nobody
+    monkeypatch.setattr(Costs, "of", lambda self, tokens: numbers.random())
+
+
+@pytest.mark.parametrize("asked", [[], ["--speculate", "auto"]], ids=["default", "auto"])
+def test_sampling_repeats_with_its_seed_while_drafting(run, fused_dir, costs_that_waver, asked) -> None:
+    words = ["generate", fused_dir, PROMPT, "--temperature", "1", "--samples", "3", "--max-new-tokens", "40", "--json"]
+    ran = [run(*words, *asked, "--seed", "1").json() for _ in range(3)]
+    assert ran[0]["result"] == ran[1]["result"] == ran[2]["result"]
+    drafts = [each["settings"]["speculation"] for each in ran]
+    assert drafts[0] == drafts[1] == drafts[2]
+    assert drafts[0]["drafted"] > drafts[0]["accepted"] > 0
+    assert max(map(int, drafts[0]["lengths"])) == REPEATABLE_LENGTH
+    assert run(*words, *asked, "--seed", "2").json()["result"] != ran[0]["result"]
+
+
+def test_a_number_of_drafted_tokens_stays_as_asked_and_greedy_drafts_stay_free(run, fused_dir, costs_that_waver):
+    words = ["generate", fused_dir, PROMPT, "--max-new-tokens", "40", "--json"]
+    sampled = run(*words, "--temperature", "1", "--speculate", "2").json()["settings"]["speculation"]
+    assert max(map(int, sampled["lengths"])) == 2
+    greedily = run(*words).json()["settings"]["speculation"]
+    assert len(set(greedily["lengths"]) - {"0", str(REPEATABLE_LENGTH)}) > 1
+
+
+def test_sampling_without_drafts_repeats_and_says_why_there_are_none(run, fused_dir) -> None:
+    words = ["generate", fused_dir, PROMPT, "--temperature", "1", "--max-new-tokens", "8", "--json"]
+    first, again = (run(*words).json() for _ in range(2))
+    assert first["result"] == again["result"]
+    assert "too small for drafts to pay" in first["settings"]["speculation"]["reason"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -293,6 +333,17 @@ def test_chat_streams_the_same_answers(run, monkeypatch, fused_dir) -> None:
     streamed = talk(run, monkeypatch, fused_dir, ["where?", "what?"])
     assert streamed.code == 0
     assert "".join(streamed.out.split()) == "".join("".join(answers).split())
+
+
+def test_chat_repeats_what_it_sampled_while_drafting(run, monkeypatch, fused_dir, costs_that_waver) -> None:
+    drafted = []
+    decode = SpeculativeDecoder.run
+    monkeypatch.setattr(SpeculativeDecoder, "run", lambda self: (decode(self), drafted.append(self.report.drafted)))
+    words = ["--temperature", "1", "--max-new-tokens", "30", "--json"]
+    talks = [talk(run, monkeypatch, fused_dir, ["where?", "what?"], *words).json()["result"] for _ in range(3)]
+    assert talks[0] == talks[1] == talks[2]
+    assert len(drafted) == 6
+    assert all(drafted)
 
 
 def test_chat_drops_the_oldest_turns_and_says_so(run, monkeypatch, fused_dir) -> None:

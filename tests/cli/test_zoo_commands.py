@@ -2,13 +2,16 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from trimtab import FusedCausalLM, zoo
 from trimtab.cli.eval import evaluate
 from trimtab.cli.panel import load_panel, load_tokenizer, solved_examples
+from trimtab.logits.speculation.length import Costs
 from trimtab.measure import evaluation
 from trimtab.measure.results import END, START
 from trimtab.measure.scores import ANSWER_METRICS
@@ -94,7 +97,7 @@ def fused():
 
 @pytest.mark.parametrize("task", zoo.TASKS)
 def test_the_harness_and_our_own_loop_agree_item_by_item(fused, task: str, tmp_path: Path) -> None:
-    found = evaluate(fused, [task], tmp_path, limit=NUM_ITEMS, seed=1, batch_size=4)[task]
+    found = evaluate(fused, [task], tmp_path, limit=NUM_ITEMS, seed=1, batch_size=4)[0][task]
     items = zoo.load_items(task, "test", limit=NUM_ITEMS, seed=1)
     kind = zoo.TASKS[task]
     if kind.kind == "generate":
@@ -119,6 +122,71 @@ def test_eval_prints_scores_with_intervals(run) -> None:
     assert set(ran.json()["result"]) == {"facts", "zoo_truth"}
     assert ran.json()["versions"]["lm_eval"]
     assert ran.err == ""
+
+
+def test_eval_scores_the_same_with_and_without_drafts_and_says_what_they_did(run) -> None:
+    members = ["--strong", "zoo:strong", "--base", "zoo:small", "--expert", "facts=zoo:small/facts"]
+    words = ["eval", *members, "--tasks", "facts,arithmetic,truth", "--limit", "6", "--batch-size", "4"]
+    plain, drafted = (run(*words, "--speculate", length, "--json").json() for length in ("0", "4"))
+    assert plain["result"] == drafted["result"]
+    done = drafted["settings"]["speculation"]
+    assert done["generations"] == done["drafted_in"] == 4  # two batches of each task that generates
+    assert done["drafted"] > done["accepted"] > 0
+    assert done["emitted"] > done["rounds"] > 0
+    assert done["acceptance"] == done["accepted"] / done["drafted"]
+    none = plain["settings"]["speculation"]
+    assert none["reasons"] == {"speculate is 0": 4}
+    assert none["drafted"] == 0
+    shown = run(*words, "--speculate", "4").out
+    assert f"drafts: {done['accepted']} of {done['drafted']} tokens stood, in {done['rounds']} rounds" in shown
+    assert "drafts: none (speculate is 0)" in run(*words, "--speculate", "0").out
+    assert "drafts:" not in run("eval", *members, "--tasks", "truth", "--limit", "2").out
+
+
+class Asking:
+    """Prompts as lm-evaluation-harness puts them to a model."""
+
+    def __init__(self, prompt: str, **options) -> None:
+        self.args = (prompt, options)
+
+
+def answers_of(model, until: list[str], **options) -> list[str]:
+    prompts = [item.prompt for task in ("facts", "summary") for item in zoo.load_items(task, "test", limit=3, seed=3)]
+    return model.generate_until([Asking(prompt, until=until, **options) for prompt in prompts], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("until", [["\n"], ["\n\n"], [" ", "never said"], ["a", ". "], ["Ada Moss"], ["<eos>"]])
+def test_answers_are_cut_as_the_harness_cuts_them(fused, until: list[str], batch_size: int) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from trimtab.cli.harness import TrimtabLM
+
+    options = {"do_sample": False, "max_gen_toks": 24}
+    fused.speculate = 0
+    theirs = answers_of(HFLM(pretrained=fused, tokenizer=fused.tokenizer, batch_size=batch_size), until, **options)
+    ours = answers_of(TrimtabLM(fused, batch_size=batch_size), until, **options)
+    fused.speculate = 4
+    drafting = TrimtabLM(fused, batch_size=batch_size)
+    drafted = answers_of(drafting, until, **options)
+    fused.speculate = "auto"
+    assert drafted == ours == theirs
+    assert sum(report.drafted for report in drafting.speculation) > 0
+
+
+def test_sampled_answers_of_the_harness_repeat_with_its_seed(fused, monkeypatch) -> None:
+    from trimtab.cli.harness import TrimtabLM
+
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
+    numbers = random.Random()  # seeded by the system: what a forward seems to cost is another at each measurement
+    monkeypatch.setattr(Costs, "of", lambda self, tokens: numbers.random())
+    model, found = TrimtabLM(fused, batch_size=4), []
+    for seed in (1, 1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(answers_of(model, ["\n"], do_sample=True, temperature=1.0, max_gen_toks=24))
+    assert found[0] == found[1] == found[2] != found[3]
+    assert all(report.is_on for report in model.speculation)
 
 
 def test_eval_names_the_nearest_task(run) -> None:

@@ -131,9 +131,8 @@ class TransformersEngine:
         if not sampling.is_greedy:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
             options |= {"min_p": sampling.min_p or None}
-            if sampling.seed is not None:
-                # How long drafts are may depend on measured times, and so would what is drawn.
-                options["speculate"] = 0
+            # Else measured times choose the lengths of drafts, and with them what is drawn.
+            options["repeatable"] = sampling.seed is not None
         return {name: value for name, value in options.items() if value is not None}
 
     def _ends(self, job: Job) -> list[int]:

@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> None:
     is_talking = args.debug or sys.stderr.isatty()
     aside = contextlib.nullcontext() if is_talking else stderr_aside()
     with tempfile.TemporaryDirectory(prefix="trimtab-eval-") as folder_name, aside:
-        found = evaluate(fused, names, Path(folder_name), args.limit, args.seed, args.batch_size)
-    settings = {"tasks": names, "limit": args.limit, "strategy": fused.strategy.to_dict()}
+        found, speculation = evaluate(fused, names, Path(folder_name), args.limit, args.seed, args.batch_size)
+    settings = {"tasks": names, "limit": args.limit, "strategy": fused.strategy.to_dict(), "speculation": speculation}
     document = output.document(found, settings, args.seed, "lm_eval")
-    output.emit(args.json, document, lambda: show(found))
+    output.emit(args.json, document, lambda: show(found, speculation))
 
 
 def prepare_harness(is_debugging: bool) -> None:
@@ -86,17 +86,19 @@ def write_zoo_tasks(folder: Path, names: Sequence[str], limit: int | None, seed:
 
 def evaluate(
     fused: Any, names: Sequence[str], folder: Path, limit: int | None, seed: int, batch_size: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores of a fused model on tasks of the zoo and of the harness.
 
     folder    where the task files of this run are written
     returns   {task: {"items", "metrics": {name: {"score", "interval"}}}}; scores are in points of 100 where the
-              harness gives a share, with a 95% interval where it gives a value per item
+              harness gives a share, with a 95% interval where it gives a value per item. And what drafts did in the
+              batches of generated answers, see `summed`
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from trimtab.cli.harness import TrimtabLM
+    from trimtab.logits.speculation.report import summed
 
     mine = write_zoo_tasks(folder, names, limit, seed)
     needs_defaults = len(mine) < len(names)
@@ -112,10 +114,11 @@ def evaluate(
         model=model, tasks=list(asked.values()), task_manager=manager, limit=limit, bootstrap_iters=0
     )
     back = {task: name for name, task in mine.items()}
-    return {
+    found = {
         back.get(task, task): _metrics(values, done["samples"].get(task, []), seed)
         for task, values in done["results"].items()
     }
+    return found, summed(model.speculation)
 
 
 def _metrics(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
@@ -141,8 +144,8 @@ def _metrics(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], se
     return {"items": len(samples) or None, "metrics": metrics}
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """One line per task and metric."""
+def show(found: Mapping[str, Any], speculation: Mapping[str, Any]) -> None:
+    """One line per task and metric, and one on drafts where answers were generated."""
     from rich.table import Table
 
     table = Table()
@@ -154,3 +157,13 @@ def show(found: Mapping[str, Any]) -> None:
             interval = f"{span[0]:.1f} – {span[1]:.1f}" if span else ""
             table.add_row(task, metric, f"{value['score']:.1f}", interval, str(values["items"] or ""))
     output.console().print(table)
+    if speculation["generations"]:
+        output.console().print(_drafts(speculation), markup=False)
+
+
+def _drafts(speculation: Mapping[str, Any]) -> str:
+    """What drafts did, in a line."""
+    if not speculation["drafted_in"]:
+        return f"drafts: none ({'; '.join(speculation['reasons'])})"
+    stood, drafted = speculation["accepted"], speculation["drafted"]
+    return f"drafts: {stood} of {drafted} tokens stood, in {speculation['rounds']} rounds"

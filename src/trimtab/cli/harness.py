@@ -6,13 +6,39 @@ pretrained=DIR`. Version 0.4.13 does not; there `trimtab eval` is the way.
 
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import MultiTokenEOSCriteria
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from trimtab.logits.speculation.report import SpeculationReport
+
+
+class RowWiseStop(MultiTokenEOSCriteria):  # type: ignore[misc]
+    """The harness's stop text, by its own look at the last tokens, but a row ends when it comes and waits for no other.
+
+    What stands before the stop text is the same, and the harness cuts the rest. Only in batches, where the harness's
+    own keeps account of all rows by their places, would drafts be refused: each row of a draft keeps its own length.
+    """
+
+    is_row_wise = True
+    looks_back = False  # it goes by the text alone
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """[batch] bool."""
+        ends = input_ids[:, self.initial_decoder_input_length :][:, -self.sequence_id_len :]
+        found = [self.sequence in text for text in self.tokenizer.batch_decode(ends)]
+        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
 
 
 @register_model("trimtab")
 class TrimtabLM(HFLM):  # type: ignore[misc]
-    """A fused model, opened from its directory or given loaded."""
+    """A fused model, opened from its directory or given loaded.
+
+    speculation   what it did in each batch of generated answers so far
+    """
 
     def __init__(self, pretrained: Any, strategy: str | None = None, batch_size: int | str = 64, **kwargs: Any) -> None:
         """
@@ -27,4 +53,25 @@ class TrimtabLM(HFLM):  # type: ignore[misc]
             pretrained = FusedCausalLM.from_pretrained(pretrained, **opening)
         if strategy is not None:
             pretrained.strategy = strategy
+        self.speculation: list[SpeculationReport] = []
         super().__init__(pretrained=pretrained, tokenizer=pretrained.tokenizer, batch_size=batch_size, **kwargs)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """[row, time]: prompts and answers, which the harness cuts. It has settled do_sample and temperature before."""
+        if not generation_kwargs.get("do_sample"):
+            generation_kwargs.pop("temperature", None)
+        width = context.shape[1]
+        stops = StoppingCriteriaList(RowWiseStop(text, self.tokenizer, width, len(context)) for text in stop)
+        mixed = self.mixed_precision_dtype
+        with torch.autocast(self.device.type, mixed, enabled=mixed is not None):
+            output: Tensor = self.model.generate(
+                input_ids=context,
+                max_length=max_length,
+                stopping_criteria=stops,
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                repeatable=True,  # the harness sets torch's seed
+                **generation_kwargs,
+            )
+        self.speculation.append(self.model.last_speculation)
+        return output

@@ -71,7 +71,8 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speculate",
         metavar="auto|N",
-        help="tokens that a small member drafts for the others to verify: auto for as many as pay, 0 for none",
+        help="tokens that a small member drafts for the others to verify: auto for as many as pay, 0 for none; where "
+        "tokens are sampled, auto is 4 or none by the members' sizes, so that --seed gives the same text again",
     )
     group.add_argument(
         "--draft",
@@ -287,7 +288,9 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> N
     group.add_argument("--temperature", type=not_negative, default=0.0, help="0 takes the likeliest token")
     group.add_argument("--top-p", type=share, metavar="SHARE", help="sample among the likeliest tokens of this mass")
     group.add_argument("--top-k", type=positive, metavar="N", help="sample among the N likeliest tokens")
-    group.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of the sampling: gives the same texts on the same machine"
+    )
     group.add_argument(
         "--stop",
         metavar="TEXT",
@@ -321,7 +324,7 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `generate`; sets torch's seed where something is drawn."""
+    """Keyword arguments for `generate`; sets torch's seed where something is drawn, which then repeats."""
     if not args.temperature:
         if args.top_p is not None or args.top_k is not None:
             raise InputError(
@@ -335,7 +338,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     kinds = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or 0}
     chosen = {name: value for name, value in kinds.items() if value is not None}
-    return {"do_sample": True, "max_new_tokens": args.max_new_tokens, **chosen}
+    return {"do_sample": True, "max_new_tokens": args.max_new_tokens, "repeatable": True, **chosen}
 
 
 def positive(text: str) -> int:

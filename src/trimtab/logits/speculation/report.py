@@ -2,12 +2,14 @@
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 # Each thread's last report per model. They are not kept on the model, which can be copied, as a thread's own cannot.
 _OF_THREAD = threading.local()
+COUNTS = ("rounds", "drafted", "accepted", "emitted")  # what is shown of a report, and can be summed
 
 
 @dataclass
@@ -58,11 +60,30 @@ class SpeculationReport:
         """For JSON."""
         if not self.is_on:
             return {"on": False, "reason": self.reason}
-        plain = {name: getattr(self, name) for name in ("rounds", "drafted", "accepted", "emitted")}
+        plain = {name: getattr(self, name) for name in COUNTS}
         shares = {"acceptance": self.acceptance, "tokens_per_round": self.tokens_per_round}
         tables = {"lengths": {str(n): rounds for n, rounds in sorted(self.lengths.items())}}
         tables |= {"drafters": dict(self.drafters), "calls": dict(self.calls)}
         return {"on": True} | plain | shares | tables
+
+
+def summed(reports: Sequence[SpeculationReport]) -> dict[str, Any]:
+    """What several generations did together, for JSON.
+
+    returns   generations: how many; drafted_in: of them, those with speculation on; reasons: {why not: generations};
+              rounds, drafted, accepted, emitted, acceptance of those with speculation on
+    """
+    on = [report for report in reports if report.is_on]
+    all_of = SpeculationReport()
+    for name in COUNTS:
+        setattr(all_of, name, sum(getattr(report, name) for report in on))
+    return {
+        "generations": len(reports),
+        "drafted_in": len(on),
+        "reasons": dict(Counter(report.reason for report in reports if not report.is_on)),
+        **{name: getattr(all_of, name) for name in COUNTS},
+        "acceptance": all_of.acceptance,
+    }
 
 
 def note_report(model: Any, report: SpeculationReport) -> None:
