@@ -30,7 +30,8 @@ VLLM_BIN := .venv-vllm/bin
 venv-vllm: .venv-vllm/.installed  ## the environment of the vLLM plug-in, .venv-vllm, on the CPU build of vLLM
 
 test-vllm: .venv-vllm/.installed browser-vllm  ## fused directories in vLLM against the transformers engine, and served (some minutes)
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default --numprocesses 2 --dist loadgroup tests/serving
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default --numprocesses 2 --dist loadgroup -m 'not thorough and not gpu and not alone' tests/serving
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default -m 'alone and not thorough and not gpu' tests/serving
 
 test-vllm-thorough: .venv-vllm/.installed browser-vllm  ## what `make test-vllm` leaves out: compiled engines, batches killed on Ray, a short soak
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default --numprocesses 2 --dist loadgroup -m thorough tests/serving

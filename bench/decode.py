@@ -15,7 +15,7 @@ from bench import members, published
 from bench.harness import WARM_UP, Arm, Case, Findings, Options, Progress, Record, interleave
 from bench.members import Meter, Spec, Stepper, Stock, Stopwatch, Trio
 from trimtab.core.errors import BadSetting
-from trimtab.zoo import TUNED_TASKS
+from trimtab.zoo import TUNED_TASKS, Split
 
 STRONG, ASSISTED = "strong alone", "strong assisted"
 STATIC, GRID = "static as published", "grid as published"
@@ -37,6 +37,7 @@ class Point:
     output        tokens of every answer; None: until the end of the text, at most what the task allows
     batch         rows that are answered together
     batches       how many such batches a repeat answers
+    split         which of the tasks' prompts
     drafts        fixed draft lengths that are measured beside the adaptive one
     is_brief      without the grid and fixed drafts, for points that take long
     """
@@ -48,6 +49,7 @@ class Point:
     output: int | None = None
     batch: int = 1
     batches: int = 1
+    split: Split = "test"
     repeats: int = 3
     drafts: tuple[int, ...] = (4,)
     is_brief: bool = False
@@ -77,12 +79,13 @@ def points(is_quick: bool) -> list[Point]:
     found = [centre]
     found += [vary(name=f"ratio {ratio}", spec=replace(spec, ratio=ratio)) for ratio in (5, 10, 50)]
     found += [vary(name=f"batch {rows}", batch=rows) for rows in (4, 16)]
-    for task, count in (("summary", 1), ("facts", 4), ("truth", 4)):  # two of them have answers of a few tokens
+    for task, count in (("summary", 1), ("facts", 8), ("truth", 8)):  # two of them have answers of a few tokens
         found.append(vary(name=f"task {task}", tasks=(task,), spec=replace(spec, experts=(task,)), batches=count))
     for count, is_lora in ((2, False), (4, False), (1, True), (2, True), (4, True)):
         tasks = TUNED_TASKS[:count]
         name = f"{count} {'LoRA' if is_lora else 'full'} experts"
-        found.append(vary(name=name, tasks=tasks, batches=count, spec=replace(spec, experts=tasks, is_lora=is_lora)))
+        members_of = replace(spec, experts=tasks, is_lora=is_lora)
+        found.append(vary(name=name, tasks=tasks, batches=2 * count, spec=members_of))
     found += [vary(name=f"prompt {p}, output {o}", prompt=p, output=o) for p, o in ((512, 8), (8, 8))]
     found.append(vary(name="prompt 8, output 512", prompt=8, output=512, repeats=2, is_brief=True))
     return found
@@ -91,10 +94,11 @@ def points(is_quick: bool) -> list[Point]:
 def measure(options: Options, progress: Progress) -> Findings:
     """All points whose name holds `options.only`, and single steps."""
     chosen = [point for point in points(options.is_quick) if options.only in point.name]
-    return run([_as_asked(point, options) for point in chosen], Stock(), options, progress)
+    return run([as_asked(point, options) for point in chosen], Stock(), options, progress)
 
 
-def _as_asked(point: Point, options: Options) -> Point:
+def as_asked(point: Point, options: Options) -> Point:
+    """The point with what the command line says of it."""
     spec = replace(point.spec, device=options.device, strong_parameters=options.strong or point.spec.strong_parameters)
     return replace(point, spec=spec, repeats=options.repeats or point.repeats)
 
@@ -164,7 +168,7 @@ class Work:
         point, device = self._point, self._point.spec.device
         texts_of = members.prompts_of if point.prompt is None else members.long_prompts
         for number in range(repeat * point.batches, (repeat + 1) * point.batches):
-            texts = texts_of(point.tasks, point.batch, number * point.batch)
+            texts = texts_of(point.tasks, point.batch, number * point.batch, split=point.split)
             yield members.encode(self._trio.tokenizer, texts, point.prompt, device)
 
 
@@ -197,16 +201,17 @@ def arms_of(point: Point, trio: Trio, work: Work) -> tuple[dict[str, Arm], dict[
     plans: dict[str, Any] = {OURS: 0, SPECULATED: "auto"}
     if not point.is_brief:
         plans |= {f"{SPECULATED}, {n} drafted": n for n in point.drafts}
-    arms |= {name: _fused_arm(speculate, trio, work) for name, speculate in plans.items()}
+    arms |= {name: fused_arm(trio, work, speculate=speculate) for name, speculate in plans.items()}
     return arms, left_out
 
 
 def _arm(write: Write, trio: Trio, work: Work, after: Callable[[], None] = lambda: None, is_fused: bool = False) -> Arm:
     """An arm that answers all batches of a repeat, with counts; `after` is called behind each batch."""
-    lanes = trio.fused.reader.lanes
-    watched = {"strong": lanes[:1], "small": lanes[1:]} if is_fused else {"strong": [trio.strong], "small": trio.small}
 
     def answer(repeat: int) -> Record:
+        lanes = trio.fused.reader.lanes
+        groups = (lanes[:1], lanes[1:]) if is_fused else ([trio.strong], trio.small)
+        watched = dict(zip(("strong", "small"), groups, strict=True))
         tokens, rows = 0, 0
         batches, limits = work.batches(repeat), work.limits_of(repeat)
         with Meter(watched) as meter, Stopwatch(trio.strong.device) as watch:
@@ -220,21 +225,25 @@ def _arm(write: Write, trio: Trio, work: Work, after: Callable[[], None] = lambd
     return answer
 
 
-def _fused_arm(speculate: str | int, trio: Trio, work: Work) -> Arm:
-    """Ours; where it speculates, also what became of the drafts."""
+def fused_arm(trio: Trio, work: Work, **settings: Any) -> Arm:
+    """Ours; where it speculates, also what became of the drafts. `settings` go to `generate`."""
     fused, reports = trio.fused, list[Any]()
+    learned: Any = None  # of costs and drafts, by this arm alone
 
     def write(inputs: Mapping[str, Tensor], limits: Mapping[str, int]) -> Tensor:
-        asked: dict[str, Any] = {**inputs, **limits, "do_sample": False, "speculate": speculate}
+        asked: dict[str, Any] = {**inputs, **limits, "do_sample": False, **settings}
         ids: Tensor = fused.generate(**asked)
         return ids
 
     plain = _arm(write, trio, work, after=lambda: reports.append(fused.last_speculation), is_fused=True)
 
     def answer(repeat: int) -> Record:
+        nonlocal learned
         reports.clear()
+        fused._meter = learned
         record = dict(plain(repeat))
-        if speculate != 0:
+        learned = fused._meter
+        if settings["speculate"] != 0:
             record["drafted"] = sum(report.drafted for report in reports)
             record["accepted"] = sum(report.accepted for report in reports)
             record["acceptance"] = record["accepted"] / max(record["drafted"], 1)

@@ -20,7 +20,7 @@ from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
 from trimtab.logits.lanes import Lane
 from trimtab.logits.members import quiet_bars
-from trimtab.zoo import TASKS, inflate_, load_items, resolve
+from trimtab.zoo import TASKS, Split, inflate_, load_items, resolve
 from trimtab.zoo.inflation import count_parameters, least_parameters
 
 CONTEXT = 1024  # positions that inflated models may read; from 256 on they were never trained
@@ -106,7 +106,7 @@ class Stock:
         key = (spec.strong_parameters, spec.ratio, spec.dtype, spec.device)
         if key not in self._sizes:
             # A little smaller than wanted, so that "at least so many times the cost" holds after rounding.
-            wanted = step_seconds(self.strong(spec)) / spec.ratio / 1.04
+            wanted = step_seconds(self.strong(spec)) / spec.ratio / 1.1
             self._sizes[key] = size_for(wanted, lambda size: step_seconds(small_model("small", size, spec)), spec)
         return self._sizes[key]
 
@@ -343,17 +343,19 @@ class Meter:
 # ---- what is read
 
 
-def prompts_of(tasks: Sequence[str], count: int, start: int = 0) -> list[str]:
-    """Test prompts, the tasks in turn; `start` counts prompts from the file's beginning and wraps around."""
-    items = {task: load_items(task) for task in tasks}
+def prompts_of(tasks: Sequence[str], count: int, start: int = 0, split: Split = "test") -> list[str]:
+    """Prompts of a split, the tasks in turn; `start` counts prompts from the file's beginning and wraps around."""
+    items = {task: load_items(task, split) for task in tasks}
     places = [(task, n // len(tasks)) for n in range(start, start + count) for task in [tasks[n % len(tasks)]]]
     return [items[task][place % len(items[task])].prompt for task, place in places]
 
 
-def long_prompts(tasks: Sequence[str], count: int, start: int = 0, solved: int = 64) -> list[str]:
+def long_prompts(
+    tasks: Sequence[str], count: int, start: int = 0, solved: int = 64, split: Split = "test"
+) -> list[str]:
     """Prompts with solved items of the same tasks before them, for prompts of a fixed number of tokens."""
     texts = []
-    for number, prompt in enumerate(prompts_of(tasks, count, start), start=start):
+    for number, prompt in enumerate(prompts_of(tasks, count, start, split), start=start):
         examples = load_items(tasks[number % len(tasks)], "validation")
         shown = [examples[(number * solved + k) % len(examples)] for k in range(solved)]
         texts.append("".join(f"{item.prompt}{item.target}\n" for item in shown) + prompt)

@@ -13,7 +13,7 @@ from trimtab.core.errors import InputError
 from trimtab.core.writing import write_whole
 from trimtab.measure.results import replace_between_markers
 
-ORDER = ("decode", "solve", "memory", "onepass")
+ORDER = ("decode", "solve", "memory", "onepass", "drafters")
 START, END = "<!-- speed:start -->", "<!-- speed:end -->"
 INTERVALS = (
     "Figures are medians over the repeats, in brackets the quartiles, or the least and the largest where there are "

@@ -154,10 +154,10 @@ def running(
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "server.log"
     command = [*words, "--host", HOST, "--port", str(port)]
-    environment = _environment(cores) | dict(more or {})
+    environ = environment(cores) | dict(more or {})
     with _ended_by_sigterm(), log.open("wb") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=environment, cwd=folder, start_new_session=True
+            command, stdout=stream, stderr=stream, env=environ, cwd=folder, start_new_session=True
         )
         try:
             if cores is not None:
@@ -173,7 +173,8 @@ def running(
             stop(process)
 
 
-def _environment(cores: Cores | None) -> dict[str, str]:
+def environment(cores: Cores | None) -> dict[str, str]:
+    """The environment of a server or an engine whose model computes on these cores; None: wherever the kernel likes."""
     # Servers run as their users run them: none of the caller's settings for vLLM, threads, and glibc's allocator, which
     # with high thresholds never gives memory back.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_", "MALLOC_"))}

