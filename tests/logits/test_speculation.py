@@ -268,6 +268,107 @@ def test_nobody_is_asked_about_positions_behind_an_end(fused):
     assert fused.last_speculation.accepted > 0
 
 
+def test_nobody_is_asked_about_a_text_behind_its_stop_string(fused):
+    start = len(fused.encode("Q: and now")["input_ids"][0])
+    tree = {(): [10], (10,): [11], (10, 11): [12]}
+    allowed = {"prefix_allowed_tokens_fn": lambda row, ids: tree[tuple(ids.tolist()[start:])]}
+    stop = {"stop_strings": [fused.tokenizer.decode(12)], "tokenizer": fused.tokenizer}
+    _, ids = new_tokens(fused, "Q: and now", speculate=6, **allowed, **stop)
+    assert ids.tolist() == [[10, 11, 12]]
+    assert fused.last_speculation.accepted > 0
+
+
+class OverAtTwelve(StoppingCriteria):
+    """Goes by the text alone, and says so; it keeps what it was asked about."""
+
+    is_row_wise, looks_back = True, False
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asked.extend(map(tuple, input_ids.tolist()))
+        return input_ids[:, -1] == 12
+
+
+class UpToTwelve:
+    """Two tokens at each place, until 12 ends the text: behind 3 tokens in the first row, 4 in the second, and so on.
+    Any text that cannot be is a KeyError."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def __call__(self, row, ids):
+        return {place: [10, 11] if place < 3 + row else [12] for place in range(4 + row)}[len(ids) - self.width]
+
+    def of_ended_rows_too(self, row, ids):
+        """Without drafts rows that have ended are asked about until all have."""
+        return [0] if 12 in ids.tolist()[self.width :] else self(row, ids)
+
+
+def check_samples(model, prompts, drafts, **options):
+    """Nothing is raised."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        new_tokens(model, prompts, speculate=drafts, do_sample=True, **options)
+        assert model.last_speculation.drafted > 0
+
+
+LIKE_PROMPTS = ["ab ghgi ab ", "cdef ghghi cdef ", "k gghhgi k "]  # what is looked up has an end where the text has
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", ["prompt", "math", "fused"])
+@pytest.mark.parametrize("prompts", [LIKE_PROMPTS[:1], LIKE_PROMPTS], ids=["one", "batch"])
+@pytest.mark.parametrize("ended_by", ["stop strings", "criteria"])
+def test_nobody_is_asked_about_texts_that_have_stopped(fused, ended_by, prompts, draft, do_sample):
+    stop = {"stop_strings": [fused.tokenizer.decode(12)], "tokenizer": fused.tokenizer}
+    if ended_by == "criteria":
+        stop = {"stopping_criteria": StoppingCriteriaList([OverAtTwelve()])}
+    allowed = UpToTwelve(fused.encode(prompts)["input_ids"].shape[1])
+    options = {"prefix_allowed_tokens_fn": allowed, "speculate_draft": draft, **stop}
+    if do_sample:
+        check_samples(fused, prompts, 8, **options)
+        return
+    inputs, drafted = new_tokens(fused, prompts, speculate=8, **options)
+    assert fused.last_speculation.drafted > 0
+    plain = new_tokens(fused, prompts, speculate=0, prefix_allowed_tokens_fn=allowed.of_ended_rows_too, **stop)[1]
+    check_same_tokens(fused, drafted, plain, inputs)
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", ["prompt", "math", "fused"])
+def test_nobody_is_asked_beyond_the_room_of_a_row(fused, draft, do_sample):
+    """Rows that are ahead of others have less room than the draft is long."""
+    prompts = [*MANY, *LIKE_PROMPTS, "ghghghghgh"]
+    width = fused.encode(prompts)["input_ids"].shape[1]
+    places = [[10, 11]] * 13
+    options = {"prefix_allowed_tokens_fn": lambda row, ids: places[len(ids) - width], "speculate_draft": draft}
+    options["max_new_tokens"] = len(places)
+    if do_sample:
+        check_samples(fused, prompts, 6, **options)
+    else:
+        assert check_with_drafts(fused, prompts, 6, **options).drafted > 0
+
+
+@pytest.mark.parametrize("looks_back", [False, True])
+def test_criteria_that_may_look_back_hear_of_no_draft(fused, looks_back):
+    prompts = LIKE_PROMPTS
+    width = fused.encode(prompts)["input_ids"].shape[1]
+    criteria = OverAtTwelve()
+    criteria.looks_back = looks_back
+    options = {"stopping_criteria": [criteria], "speculate": 6, "speculate_draft": "math"}
+    inputs, ids = new_tokens(fused, prompts, prefix_allowed_tokens_fn=lambda row, ids: [10, 11], **options)
+    texts = [(*prompt, *new) for prompt, new in zip(inputs["input_ids"].tolist(), ids.tolist(), strict=True)]
+    # Nobody is asked about the last tokens, which leave no room.
+    emitted = {text[:length] for text in texts for length in range(width + 1, len(text))}
+    assert emitted <= set(criteria.asked)
+    assert (emitted == set(criteria.asked)) == looks_back
+    criteria.asked.clear()
+    new_tokens(fused, prompts, **options)  # no processor needs to know
+    assert len(criteria.asked) == fused.last_speculation.emitted - len(prompts)
+
+
 def test_nobody_reads_beyond_an_end_that_was_drafted():
     """What may come is one text of four tokens, which a draft behind the prompt holds with its end."""
     model = fuse(one_pass=False)

@@ -51,6 +51,7 @@ class StopTexts(StoppingCriteria):  # type: ignore[misc]
     """
 
     is_row_wise = True
+    looks_back = False  # it goes by the text alone
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], width: int, min_tokens: int = 0) -> None:
         self._tokenizer, self._stops, self._width, self._min_tokens = tokenizer, stops, width, min_tokens

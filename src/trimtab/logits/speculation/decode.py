@@ -49,11 +49,13 @@ class Draft:
 
     ids       [row, draft]
     lengths   [row]                how many of them count; the rest is filling
+    reach     [row]                behind how many of them a text can come and go on, where a processor needs to know
     scores    [row, draft, vocab]  what they were drawn from; None: they were looked up
     """
 
     ids: Int[Tensor, "row draft"]
     lengths: Int[Tensor, " row"]
+    reach: Int[Tensor, " row"]
     scores: Float[Tensor, "row draft vocab"] | None
 
     @property
@@ -159,7 +161,7 @@ class SpeculativeDecoder:
         is_over = [bool(n) and row[n - 1] in self._rows.ends for row, n in zip(draft.ids.tolist(), counts, strict=True)]
         if serial and any(n == draft.width and not over for n, over in zip(counts, is_over, strict=True)):
             self._read(serial, draft.ids[:, -1:], read, logits)
-            target = self._with_bonus(target, logits, texts, replace(draft, lengths=stood))
+            target = self._with_bonus(target, logits, texts, replace(draft, reach=torch.minimum(draft.reach, stood)))
         tokens = self._next_tokens(draft, target, stood, is_whole)
         self._learn(drafter, draft, target, stood, is_opening)
         stuck = {
@@ -230,14 +232,14 @@ class SpeculativeDecoder:
         rows = len(texts)
         if length == 0:
             nothing = last.new_zeros((rows, 0))
-            return Draft(nothing, last.new_zeros(rows), None)
+            return self._drafted(nothing, last.new_zeros(rows), None)
         if not drafter.members:
             ids, lengths = drafting.lookups(texts, length)
             ends = torch.tensor(self._until_ends(ids))
-            return Draft(ids.to(last), torch.minimum(lengths, ends).to(last.device), None)
+            return self._drafted(ids.to(last), torch.minimum(lengths, ends).to(last.device), None)
         ids = last.new_zeros((rows, 0))
         scores: list[Tensor] = []
-        reach = last.new_full((rows,), length)  # behind more drafted tokens than these no text can come
+        reach = self._reach(last.new_full((rows,), length), ids)  # behind more drafted tokens no text can come
         runs = [self._run_of[name] for name in drafter.members]
         for drafted in range(length):
             self._read(serial, ids[:, -1:] if scores else last, read, logits)
@@ -247,9 +249,17 @@ class SpeculativeDecoder:
             tokens = draw(scores[-1], self._do_sample)
             reach = self._scorer.reach(reach, behind, tokens, drafted)
             ids = torch.cat([ids, tokens.unsqueeze(-1)], dim=-1)
+            reach = self._reach(reach, ids, drafted)
             if all(self._rows.ends.intersection(row) for row in ids.tolist()):
                 break  # every text would be over
-        return Draft(ids, last.new_tensor(self._until_ends(ids)), torch.stack(scores, dim=1))
+        return self._drafted(ids, last.new_tensor(self._until_ends(ids)), torch.stack(scores, dim=1))
+
+    def _drafted(self, ids: Tensor, lengths: Tensor, scores: Tensor | None) -> Draft:
+        return Draft(ids, lengths, self._reach(lengths, ids), scores)
+
+    def _reach(self, reach: Tensor, ids: Tensor, start: int = 0) -> Tensor:
+        """`Rows.within`, where a processor needs to know; criteria are asked for nobody else."""
+        return self._rows.within(reach, ids, start) if self._scorer.is_choosy else reach
 
     def _until_ends(self, ids: Tensor) -> list[int]:
         """How many drafted tokens count in each row: those up to the first that would end its text."""
@@ -291,15 +301,15 @@ class SpeculativeDecoder:
     def _target(self, logits: dict[int, Tensor], kept: int, texts: Sequence[Sequence[int]], draft: Draft) -> Target:
         """The fused law behind the last token and behind each drafted one: `kept` positions."""
         log_probs, weights, broken = self._fuse([logits[run][:, :kept] for run in range(len(self._reader.runs))])
-        scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, reach=draft.lengths)
+        scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, reach=draft.reach)
         return Target(log_probs, scores, weights, {(row, at): run for row, at, run in broken})
 
     def _with_bonus(
         self, target: Target, logits: dict[int, Tensor], texts: Sequence[Sequence[int]], draft: Draft
     ) -> Target:
-        """The target with the position behind the draft, which the drafter has read. `lengths` are what stood."""
+        """The target with the position behind the draft, which the drafter has read. `reach` is within what stood."""
         log_probs, weights, broken = self._fuse([logits[run][:, -1:] for run in range(len(self._reader.runs))])
-        scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, draft.width, draft.lengths)
+        scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, draft.width, draft.reach)
         return Target(
             torch.cat([target.log_probs, log_probs], dim=1),
             torch.cat([target.scores, scores], dim=1),

@@ -65,6 +65,8 @@ class Scorer:
     places    [row] of the call's batch that each row stands at: some processors go by it
     batch     rows of the call's batch
     ends      tokens that end a text: nobody is asked about positions behind one
+
+    is_choosy   whether a processor may have no answer to a text that cannot come; `reach` then has to be exact
     """
 
     def __init__(self, processors: Any, batch: int, ends: Collection[int]) -> None:
@@ -74,7 +76,7 @@ class Scorer:
         of_row = (*POSITION_FREE, *ROW_WISE)
         self._is_row_wise = all(isinstance(p, of_row) or _is_prefix(p) for p in processors)
         # The ones that are known to look at a row have an answer to any text.
-        self._is_choosy = not all(isinstance(p, of_row) for p in processors)
+        self.is_choosy = not all(isinstance(p, of_row) for p in processors)
         self._of_place: dict[int, Any] = {}
 
     def __call__(
@@ -120,7 +122,7 @@ class Scorer:
     ) -> Float[Tensor, "kept vocab"]:
         scores: list[Tensor] = []
         for count, law in enumerate(laws, start):
-            if scores and self._is_choosy and is_ruled_out(scores[-1], drafted[count - 1]):
+            if scores and self.is_choosy and is_ruled_out(scores[-1], drafted[count - 1]):
                 reach = min(reach, count - 1)
             is_reached = count <= reach and not self._ends.intersection(drafted[:count])
             scores.append(self._at(law, text, drafted[:count], place) if is_reached else law)
@@ -134,7 +136,7 @@ class Scorer:
         drafted: int,
     ) -> Int[Tensor, " row"]:
         """How far texts can come, for `reach` above, when these tokens follow so many drafted ones."""
-        if not self._is_choosy:
+        if not self.is_choosy:
             return reach
         is_out = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) == -torch.inf
         return torch.where(is_out, reach.clamp_max(drafted), reach)

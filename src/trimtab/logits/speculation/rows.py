@@ -27,6 +27,15 @@ def _is_row_wise(criteria: Any) -> bool:
     return isinstance(criteria, ROW_WISE) or getattr(criteria, "is_row_wise", False)
 
 
+def _is_foreseeable(criteria: Any) -> bool:
+    """Whether it goes by the text alone: it may then be asked about texts that are only drafted.
+
+    Others may go by time or scores, or keep account of the steps; they are asked only where they declare
+    `looks_back = False`, as processors are.
+    """
+    return isinstance(criteria, StopStringCriteria) or not getattr(criteria, "looks_back", True)
+
+
 class Rows:
     """What was emitted for each row of the call, and which rows still go on.
 
@@ -56,6 +65,7 @@ class Rows:
         self._max_length = min(limits, default=None)
         # Everything else is asked after each token, as `generate` does.
         self._others = [c for c in stopping if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
+        self._foreseeable = [c for c in self._others if _is_foreseeable(c)]
 
     @property
     def current(self) -> list[list[int]]:
@@ -67,6 +77,34 @@ class Rows:
         if self._max_length is None:
             return None
         return int(self._max_length) - min(len(text) for text in self.current)
+
+    def within(
+        self, reach: Int[Tensor, " row"], draft: Int[Tensor, "row draft"], start: int = 0
+    ) -> Int[Tensor, " row"]:
+        """Behind how many drafted tokens each active row can still go on: `reach`, or fewer. [row]
+
+        A text goes on behind no token that ends it, and behind none that fills its room. Ends by criteria that go by
+        more than the text cannot be foreseen.
+
+        reach   [row]          behind how many drafted tokens a text can come for all that is known
+        draft   [row, draft]   token ids
+        start   how many of them were looked at before
+        """
+        limits = zip(self.current, draft.tolist(), reach.tolist(), strict=True)
+        return reach.new_tensor([self._going(text, drafted, start, most) for text, drafted, most in limits])
+
+    def _going(self, text: list[int], drafted: list[int], start: int, most: int) -> int:
+        if self._max_length is not None:
+            most = min(most, self._max_length - len(text) - 1)
+        for count in range(start + 1, min(most, len(drafted)) + 1):
+            if self._is_foreseen_end([*text, *drafted[:count]]):
+                return count - 1
+        return most
+
+    def _is_foreseen_end(self, text: list[int]) -> bool:
+        if text[-1] in self.ends or not self._foreseeable:
+            return text[-1] in self.ends
+        return self._is_ended_by(self._foreseeable, text, None)
 
     def emit(self, tokens: Sequence[Sequence[int]], laws: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[int]:
         """Appends each active row's new tokens up to where it ends.
@@ -100,10 +138,11 @@ class Rows:
     def _is_done(self, text: list[int], place: int) -> bool:
         if text[-1] in self.ends or (self._max_length is not None and len(text) >= self._max_length):
             return True
-        if not self._others:
-            return False
-        ids, scores = torch.tensor([text], device=self.device), self._shown(place)
-        return any(bool(torch.as_tensor(criteria(ids, scores)).any()) for criteria in self._others)
+        return bool(self._others) and self._is_ended_by(self._others, text, self._shown(place))
+
+    def _is_ended_by(self, stopping: Sequence[Any], text: list[int], scores: tuple[Tensor, ...] | None) -> bool:
+        ids = torch.tensor([text], device=self.device)
+        return any(bool(torch.as_tensor(criteria(ids, scores)).any()) for criteria in stopping)
 
     def _shown(self, place: int) -> tuple[Tensor, ...] | None:
         """A row's scores so far, [1, vocab] each, as transformers hands them to stopping criteria."""
