@@ -184,6 +184,13 @@ def test_words_that_trimtab_does_not_know_are_kept_in_their_order(fused_dir) -> 
     assert args.page
 
 
+def test_defaults_are_those_of_the_command(fused_dir) -> None:
+    args, settings = command_parser("serve").parse_all([fused_dir]), ServeSettings(Path(fused_dir))
+    for name in ("host", "port", "api_key", "page", "max_body_mib", "max_requests"):
+        assert getattr(args, name) == getattr(settings, name), name
+    assert (settings.host, settings.max_body_mib, settings.max_requests) == ("127.0.0.1", 8.0, 1024)
+
+
 def value_of(words: list[str], flag: str) -> str:
     assert words.count(flag) == 1
     return words[words.index(flag) + 1]

