@@ -20,7 +20,6 @@ from trimtab.serving import metrics
 from trimtab.serving.requests import LARGEST_SCALE, numbers_of
 from trimtab.serving.watching import SteeredEngine
 
-SECONDS_FOR_ENGINE = 10.0  # how long a scrape or a trace waits for the workers
 # Routes of vLLM that nobody should find here: they resize the engine, end other people's requests, or answer 501.
 CLOSED = {"/scale_elastic_ep", "/is_scaling_elastic_ep", "/inference/v1/abort_requests", "/v1/systemone"}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -34,7 +33,9 @@ class SteeringEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes; `/metrics` takes the place of vLLM's, and says what that says as well. Closes others."""
-        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in CLOSED]
+        # vLLM's /metrics is a mount as well, which answers any method, and any path that begins so.
+        gone = CLOSED | {"/metrics"}
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in gone]
         app.add_api_route("/metrics", show_metrics, methods=["GET"], summary="Metrics of vLLM and of fusion")
         app.add_api_route("/v1/steering", show_steering, methods=["GET"], summary="What requests may set")
         app.add_api_route("/v1/traces/{response_id}", show_trace, methods=["GET"], summary="Alphas, token by token")
@@ -53,7 +54,10 @@ class SteeringEndpoints:
 async def show_metrics(request: Request) -> Response:
     """Text format of Prometheus."""
     steered: SteeredEngine = request.app.state.trimtab
-    tallies = await steered.engine.collective_rpc("trimtab_tally", timeout=SECONDS_FOR_ENGINE)
+    try:
+        tallies = await steered.ask_workers("trimtab_tally")
+    except TimeoutError:
+        return _busy()
     name = request.app.state.openai_serving_models.base_model_paths[0].name
     # Processes that share a model count the same rows; only those that have the logits count at all.
     tallies = [tally for tally in tallies if tally][:1]
@@ -81,7 +85,10 @@ async def show_steering(request: Request) -> dict[str, Any]:
 
 async def show_trace(request: Request, response_id: str) -> Response:
     """What fusion did at each token of an answer that was asked for with `"vllm_xargs": {"trace": 1}`."""
-    choices = await request.app.state.trimtab.trace(response_id, SECONDS_FOR_ENGINE)
+    try:
+        choices = await request.app.state.trimtab.trace(response_id)
+    except TimeoutError:
+        return _busy()
     if not choices:
         message = (
             f"no trace of '{response_id[:100]}' is kept. Expected: the id of an answer whose request had "
@@ -92,6 +99,10 @@ async def show_trace(request: Request, response_id: str) -> Response:
         message = f"the trace of '{response_id[:100]}' was dropped: there is room for the latest. Fetch it sooner."
         return _refused(410, "GoneError", message)
     return JSONResponse({"id": response_id, "object": "trimtab.trace", "choices": choices})
+
+
+def _busy() -> Response:
+    return _refused(503, "ServiceUnavailableError", "the engine is busy and has not answered: ask again later.")
 
 
 def _refused(status: int, kind: str, message: str) -> Response:

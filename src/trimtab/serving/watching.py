@@ -1,6 +1,7 @@
 """In the API process: every request's own settings are checked before the engine sees it, and the tokens of traced ones
 are remembered, so that their traces can be told token by token."""
 
+import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -16,6 +17,7 @@ from trimtab.logits.strategy import Strategy
 from trimtab.serving.requests import SEVERAL, TRACE_KEY, read_settings
 from trimtab.serving.traces import POSITIONS_KEPT, REQUESTS_KEPT
 
+SECONDS_FOR_ENGINE = 10.0  # how long a scrape or a trace waits for the workers
 PART = re.compile(r"[-_][0-9]+")
 
 
@@ -97,14 +99,24 @@ class SteeredEngine:
             outputs = _watch(outputs, watched, sampling_params.output_kind == RequestOutputKind.DELTA)
         return outputs
 
-    async def trace(self, response_id: str, timeout: float) -> list[dict[str, Any]]:
+    async def ask_workers(self, method: str, *args: Any) -> list[Any]:
+        """What every worker answers; raises TimeoutError where that takes more than `SECONDS_FOR_ENGINE`.
+
+        vLLM 0.32 is told of no time limit: with one process it overlooks it, and with several it would leave the late
+        answers in their queues, to be taken for those of the next call. So it is the asker who stops to wait.
+        """
+        asked = self.engine.collective_rpc(method, timeout=None, args=args)
+        answers: list[Any] = await asyncio.wait_for(asked, SECONDS_FOR_ENGINE)
+        return answers
+
+    async def trace(self, response_id: str) -> list[dict[str, Any]]:
         """The choices of a traced response so far: [{"request", "index", "tokens": [...], "is_whole"}].
 
         response_id   the `id` of an answer, which stands for one request per prompt. Of several answers with this id
                       all are told, the earliest first
-        timeout       seconds to wait for the workers
         returns       empty if the response is unknown; is_whole: whether `tokens` has all that was said, which it has
                       not where there was no room to keep it
+        raises        TimeoutError as `ask_workers`
         """
         asked = [
             (watched, index, list(token_ids), watched.said[index])  # as they are now: the texts may go on meanwhile
@@ -115,7 +127,7 @@ class SteeredEngine:
         if not asked:
             return []
         places = [(watched.key, index, watched.prompt_tokens - 1) for watched, index, _, _ in asked]
-        answers = await self.engine.collective_rpc("trimtab_traces", timeout=timeout, args=(places,))
+        answers = await self.ask_workers("trimtab_traces", places)
         kept = max(answers, key=lambda steps: sum(map(len, steps)))  # processes that get no logits keep nothing
         found = []
         for (watched, index, token_ids, said), steps in zip(asked, kept, strict=True):

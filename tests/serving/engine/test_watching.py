@@ -9,7 +9,7 @@ from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from trimtab import make_strategy
-from trimtab.serving.endpoint import show_trace
+from trimtab.serving.endpoint import show_metrics, show_trace
 from trimtab.serving.requests import SEVERAL
 from trimtab.serving.watching import SteeredEngine, Watched, _is_part
 
@@ -34,6 +34,7 @@ class Dropping:
         raise QueueOverflowError
 
     async def collective_rpc(self, method, timeout, args):
+        assert timeout is None  # with several processes, late answers would be taken for those of the next call
         assert method == "trimtab_traces"
         (places,) = args
         assert all(start == 1 for _, _, start in places)
@@ -65,6 +66,26 @@ def test_a_trace_is_whole_cut_dropped_or_unknown():
     status, content = traced(Dropping(0), "cmpl-a-0")
     assert (status, "was dropped" in content["error"]["message"]) == (410, True)
     assert traced(Dropping(4), "cmpl-b-0")[0] == 404
+
+
+class Silent(Dropping):
+    """Its workers answer nobody."""
+
+    async def collective_rpc(self, method, timeout, args):
+        assert timeout is None
+        await asyncio.Event().wait()
+
+
+def test_workers_that_do_not_answer_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr("trimtab.serving.watching.SECONDS_FOR_ENGINE", 0.05)
+    status, content = traced(Silent(3), "cmpl-a-0")
+    assert (status, "ask again later" in content["error"]["message"]) == (503, True)
+
+    async def scrape():
+        state = SimpleNamespace(trimtab=SteeredEngine(Silent(3), STRATEGY))
+        return await show_metrics(SimpleNamespace(app=SimpleNamespace(state=state)))
+
+    assert asyncio.run(scrape()).status_code == 503
 
 
 def test_more_choices_than_the_queue_ever_takes_are_the_clients_fault():
