@@ -22,16 +22,19 @@ def status_of(
     key=None,
     root="",
     address="127.0.0.1",
+    headers=(),
     **told,
 ):
     """The status that a request is answered with; what comes through is answered with 200.
 
+    body      as JSON, or bytes as they are
     address   where the server listens
+    headers   further ones
     told      vLLM's further arguments
     """
     is_local = address in ("127.0.0.1", "localhost", "::1")
     args = SimpleNamespace(**{"host": address, "uds": None, "api_key": [], "trimtab_is_local": is_local} | told)
-    headers = [] if host is None else [(b"host", host.encode())]
+    headers = [*headers, *([] if host is None else [(b"host", host.encode())])]
     headers += [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     scope = {
         "type": "http",
@@ -44,7 +47,8 @@ def status_of(
     sent = []
 
     async def receive():
-        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return {"type": "http.request", "body": content, "more_body": False}
 
     async def send(message):
         sent.append(message)
@@ -109,3 +113,49 @@ def test_settings_of_requests_are_refused_where_nobody_reads_them() -> None:
         assert status_of(path, XARGS) == 200, path
         assert status_of(f"/below{path}", XARGS, root="/below") == 200, path
         assert status_of(path, XARGS | {"use_beam_search": True}) == 400, path
+
+
+ESCAPED = json.dumps(XARGS).replace("s", r"\u0073").encode()
+
+
+ENCODED = [json.dumps(XARGS).encode(name) for name in ("utf-16", "utf-32-be")]
+
+
+@pytest.mark.parametrize("body", [ESCAPED, *ENCODED], ids=["escaped", "utf-16", "utf-32-be"])
+def test_settings_of_requests_are_found_however_they_are_written(body: bytes) -> None:
+    assert json.loads(body) == XARGS
+    assert status_of("/tokenize", body) == 400
+    assert status_of("/v1/completions", body) == 200
+
+
+def test_conversations_of_a_batch_are_as_many_as_prompts_of_a_completion() -> None:
+    def ask(count: int, **told) -> int:
+        body = {"messages": [[{"role": "user", "content": "a"}]] * count}
+        assert status_of("/v1/chat/completions", body, **told) == 200
+        return status_of("/v1/chat/completions/batch", body, **told)
+
+    assert (ask(1), ask(64), ask(65)) == (200, 200, 400)
+    assert (ask(2, trimtab_max_prompts=2), ask(3, trimtab_max_prompts=2)) == (200, 400)
+    assert status_of("/below/v1/chat/completions/batch", {"messages": ["a"] * 65}, root="/below") == 400
+    for body in ({"messages": "a" * 65}, {"messages": None}, [], b"{"):
+        assert status_of("/v1/chat/completions/batch", body) == 200  # the server says what is wrong with it
+
+
+PREFLIGHT = ((b"origin", b"https://my.site"), (b"access-control-request-method", b"POST"))
+
+
+def test_only_questions_of_browsers_about_origins_need_no_key() -> None:
+    told = {"method": "OPTIONS", "api_key": ["secret"]}
+    for path in ("/metrics", "/v1/completions", "/health"):
+        assert status_of(path, headers=PREFLIGHT, **told) == 200
+        for headers in ((), PREFLIGHT[:1], PREFLIGHT[1:]):
+            assert status_of(path, headers=headers, **told) == 401
+            assert status_of(path, headers=headers, key="secret", **told) == 200
+    assert status_of("/metrics", headers=PREFLIGHT, method="GET", api_key=["secret"]) == 401
+
+
+def test_open_paths_are_open_to_be_read_alone() -> None:
+    for path in ("/", "/health", "/ping"):
+        for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+            is_open = method in ("GET", "HEAD") or (method, path) == ("POST", "/ping")
+            assert status_of(path, method=method, api_key=["secret"]) == (200 if is_open else 401), (method, path)

@@ -4,12 +4,15 @@ limits on what is read. An ASGI middleware, given to vLLM as `--middleware`, whi
 vLLM's key guards paths under /v1 and a few more; others, as /invocations and /tokenize, it leaves open.
 """
 
+import asyncio
 import hashlib
 import ipaddress
 import json
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from trimtab.serving.defaults import LARGEST_BODY_MIB, MOST_REQUESTS, PROMPTS
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -18,13 +21,14 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/health", "/ping"})  # the page holds nothing secret; the others say that it is alive
+BATCH_PATH = "/v1/chat/completions/batch"
 # Where vLLM hands a body's vllm_xargs on to the engine; elsewhere it reads bodies without a word about them.
 STEERED_PATHS = frozenset(
     {
         "/v1/completions",
         "/v1/completions/render",
         "/v1/chat/completions",
-        "/v1/chat/completions/batch",
+        BATCH_PATH,
         "/v1/chat/completions/render",
         "/v1/messages",
         "/v1/messages/render",
@@ -34,7 +38,7 @@ STEERED_PATHS = frozenset(
     }
 )
 MEBIBYTE = 2**20
-LARGEST_BODY_MIB = 8.0  # by default: far beyond any prompt that fits a context
+READ_WITHIN = 30.0  # seconds for a whole body: who sends a byte now and then holds no place for ever
 DRAINED = 16  # times the largest body: what is read and thrown away, so that a client hears the answer
 
 
@@ -56,32 +60,55 @@ class Guard:
                 scope, send, 403, "without a key only this machine's own names are answered: see `--api-key`."
             )
             return
-        # Browsers ask which origins are allowed (OPTIONS) without a key; nothing else is answered to that.
-        is_open = scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS"
-        if not is_open and keys and not _has_key(scope, keys):
+        if keys and not _is_open(scope) and not _has_key(scope, keys):
             await _refuse(scope, send, 401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`.")
             return
         if scope["type"] == "websocket" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
-        largest = int(getattr(args, "trimtab_max_body_mib", LARGEST_BODY_MIB) * MEBIBYTE)
-        body = await _read(receive, largest)
-        if body is None:
-            await _refuse(scope, send, 413, f"the body is larger than {largest} bytes; see `--max-body-mib`.")
+        if _is_open(scope):  # its body matters to nobody, and may come from anybody
+            await self.app(scope, _replay(b"", receive), send)
             return
-        trouble = _trouble(body, scope["path"].removeprefix(scope.get("root_path", "")))
-        if trouble:
-            await _refuse(scope, send, 400, trouble)
-            return
-        most = getattr(args, "trimtab_max_requests", 0)
+        most = getattr(args, "trimtab_max_requests", MOST_REQUESTS)
         if most and self.under_way >= most:
             await _refuse(scope, send, 503, f"{most} requests are under way; see `--max-requests`.", retry=True)
             return
-        self.under_way += 1
+        self.under_way += 1  # before the body is read: bodies take memory too
         try:
-            await self.app(scope, _replay(body, receive), send)
+            await self._pass_on(scope, receive, send, args)
         finally:
             self.under_way -= 1
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, args: Any) -> None:
+        """Hands a request on once its body has come and nothing is wrong with it."""
+        largest = int(getattr(args, "trimtab_max_body_mib", LARGEST_BODY_MIB) * MEBIBYTE)
+        try:
+            body = await asyncio.wait_for(_read(receive, largest), READ_WITHIN)
+        except TimeoutError:
+            await _refuse(scope, send, 408, f"the body had not come whole after {READ_WITHIN:g} seconds.")
+            return
+        if body is None:
+            await _refuse(scope, send, 413, f"the body is larger than {largest} bytes; see `--max-body-mib`.")
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        trouble = _trouble(body, path, getattr(args, "trimtab_max_prompts", PROMPTS))
+        if trouble:
+            await _refuse(scope, send, 400, trouble)
+            return
+        await self.app(scope, _replay(body, receive), send)
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether a request is answered without a key: open paths to be read, and what browsers ask about origins.
+
+    Such a question (a preflight) has both headers and gets no further than vLLM's own answer to it. Any other OPTIONS
+    would reach the routes, past vLLM's key too.
+    """
+    method = scope.get("method")
+    if method == "OPTIONS":
+        return bool(_header(scope, b"origin") and _header(scope, b"access-control-request-method"))
+    path = scope["path"]
+    return (path in OPEN_PATHS and method in ("GET", "HEAD")) or (method, path) == ("POST", "/ping")
 
 
 def _header(scope: Scope, name: bytes) -> bytes:
@@ -131,24 +158,36 @@ async def _read(receive: Receive, largest: int) -> bytes | None:
     return b"".join(parts) if size <= largest else None
 
 
-def _trouble(body: bytes, path: str) -> str | None:
+def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
     """What in a body would be overlooked further in; None: nothing.
 
-    vLLM's beam search makes requests of its own, without the settings of the one that asked for it.
+    vLLM's beam search makes requests of its own, without the settings of the one that asked for it. It limits how many
+    prompts a completion has, but not how many conversations a batch of chats has.
     """
-    if b"vllm_xargs" not in body:
+    is_batch = path == BATCH_PATH
+    if not (is_batch or _may_name(body, b"vllm_xargs")):
         return None
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
         return None  # the server says what is wrong with it
-    if not isinstance(content, dict) or not content.get("vllm_xargs"):
+    if not isinstance(content, dict):
+        return None
+    conversations = content.get("messages")
+    if is_batch and isinstance(conversations, list) and len(conversations) > most_prompts:
+        return f"{len(conversations)} conversations, more than {most_prompts}; see VLLM_MAX_COMPLETION_PROMPTS."
+    if not content.get("vllm_xargs"):
         return None
     if path not in STEERED_PATHS:
         return f"vllm_xargs have no effect at {path[:100]}; they have at {', '.join(sorted(STEERED_PATHS))}."
     if content.get("use_beam_search"):
         return "vllm_xargs do not reach beam search: leave one of them out."
     return None
+
+
+def _may_name(body: bytes, name: bytes) -> bool:
+    """Whether JSON may hold a name: as it is, escaped (\\u0076), or in UTF-16 or 32, full of zeros."""
+    return name in body or b"\\u" in body or b"\0" in body
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -173,5 +212,6 @@ async def _refuse(scope: Scope, send: Send, status: int, message: str, retry: bo
     headers = [(b"content-type", b"application/json")]
     headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
     headers += [(b"retry-after", b"1")] if retry else []
+    headers += [(b"connection", b"close")] if status == 408 else []  # nobody waits for the rest
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps(error).encode()})

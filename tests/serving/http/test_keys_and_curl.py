@@ -57,6 +57,29 @@ def test_the_key_guards_every_route_but_the_open_ones(server) -> None:
             assert (status == 401) is (path not in OPEN), (method, path, key, status)
 
 
+ASKING = ["-H", "Origin: https://elsewhere.example", "-H", "Access-Control-Request-Method: GET"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/metrics/", "/metrics/x", "/metricsx", "/v1/models", "/v1/completions", "/tokenize", "/"]
+)
+def test_what_a_browser_may_ask_without_a_key_tells_nothing(server, path: str) -> None:
+    for words in ([], ASKING[:2], ASKING[2:]):
+        status, text = curl("-X", "OPTIONS", *words, server.root + path)
+        assert (status, "vllm:" in text) == (401, False), words
+    status, text = curl("-X", "OPTIONS", *ASKING, server.root + path)
+    assert (status, text) == (400, "Disallowed CORS origin")
+
+
+def test_metrics_are_at_one_place(server) -> None:
+    said = ["-H", f"Authorization: Bearer {KEY}"]
+    for method, path in (("GET", "/metrics/x"), ("GET", "/metricsx"), ("OPTIONS", "/metrics"), ("POST", "/metrics")):
+        status, text = curl("-X", method, *said, server.root + path)
+        assert (status in (404, 405), "vllm:" in text) == (True, False), (method, path)
+    status, text = curl(*said, f"{server.root}/metrics")
+    assert (status, "vllm:" in text, "trimtab:" in text) == (200, True, True)
+
+
 def test_with_the_key_guarded_routes_answer(server) -> None:
     for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/v1/steering"):
         assert server.call(path)[0] == 200, path
