@@ -99,6 +99,14 @@ def test_lone_surrogates_and_ten_mebibytes(server) -> None:
     check_alive(server)
 
 
+def test_conversations_of_a_batch_are_counted(server) -> None:
+    turns = CHAT["messages"]
+    for count, status in ((1, 200), (65, 400), (10_000, 400)):
+        found, text = server.call("/v1/chat/completions/batch", CHAT | {"messages": [turns] * count})
+        assert (found, "VLLM_MAX_COMPLETION_PROMPTS" in text) == (status, status == 400), text[:300]
+    check_alive(server)
+
+
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "/etc/passwd", "zoo/../zoo", "zoo\x00", "..%2f..", "", "a" * 10_000]
 )
@@ -118,18 +126,44 @@ def test_paths_lead_nowhere(server, path: str) -> None:
     assert "root:" not in text
 
 
+def asked(part):
+    """{route: a request in its own shape, with this part of a message}; vLLM keeps those to /.../render shut (403)."""
+    messages = [{"role": "user", "content": [part]}]
+    chat, answer = CHAT | {"messages": messages}, {"model": "zoo", "input": messages, "max_output_tokens": 1}
+    return {
+        "/v1/chat/completions": chat,
+        "/v1/chat/completions/batch": CHAT | {"messages": [messages]},
+        "/invocations": chat,
+        "/tokenize": {"model": "zoo", "messages": messages},
+        "/v1/messages": chat,
+        "/v1/messages/count_tokens": chat,
+        "/v1/responses": answer,
+    }
+
+
+def media(route: str, url: str) -> list[dict]:
+    """Parts of a message that stand for media at an address, as a route writes them."""
+    if route.startswith("/v1/responses"):
+        return [{"type": "input_image", "detail": "auto", "image_url": url}, {"type": "input_file", "file_url": url}]
+    if route.startswith("/v1/messages"):
+        return [{"type": kind, "source": {"type": "url", "url": url}} for kind in ("image", "document")]
+    return [{"type": kind, kind: {"url": url}} for kind in ("image_url", "audio_url", "video_url")]
+
+
 def test_addresses_in_requests_are_never_fetched(server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as trap:
-        trap.settimeout(2)
+        trap.settimeout(1)
         url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
-        for kind in ("image_url", "audio_url", "video_url"):
-            content = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "what is this"}]
-            status, _ = server.call("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": content}]})
-            assert 400 <= status < 500
-        status, _ = server.call("/v1/responses", {"model": "zoo", "input": url, "max_output_tokens": 1})
-        assert status < 500
+        for route in asked(None):
+            kind = "input_text" if route.startswith("/v1/responses") else "text"
+            assert server.call(route, asked({"type": kind, "text": "a"})[route])[0] == 200, route  # the shape is right
+            for part in media(route, url):
+                status, text = server.call(route, asked(part)[route])
+                assert 400 <= status < 500, (route, part, status, text[:300])
         with pytest.raises(TimeoutError):
             trap.accept()
+        with socket.create_connection(trap.getsockname()):
+            trap.accept()[0].close()  # it does hear
 
 
 def test_templates_of_requests_are_not_run(server) -> None:
