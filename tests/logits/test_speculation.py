@@ -24,7 +24,7 @@ from trimtab.core.errors import BadSetting, UnknownName
 from trimtab.logits.reading import BrokenLaw
 from trimtab.logits.speculation import plan
 from trimtab.logits.speculation.draft import drafter_for, lookup
-from trimtab.logits.speculation.length import Costs, DraftLength
+from trimtab.logits.speculation.length import Costs, DraftLength, Habit
 from trimtab.logits.strategy import make_strategy
 from trimtab.zoo import load_items
 
@@ -608,7 +608,7 @@ def test_auto_goes_without_where_the_strong_model_is_tiny_and_says_so(fused, mon
     assert trace.speculation["on"] is False
     assert "too small for drafts to pay" in trace.speculation["reason"]
     monkeypatch.setattr(plan, "WORTH_BYTES", 0)
-    monkeypatch.setattr(plan, "WORTH_RATIO", 1)
+    monkeypatch.setattr(plan, "WORTH_RATIO", 0)
     drafted = fused.trace("Q: and now", max_new_tokens=4, do_sample=False)
     assert drafted.speculation["on"] is True
     assert [step.token_id for step in drafted.steps] == [step.token_id for step in trace.steps]
@@ -673,6 +673,80 @@ def test_drafts_that_never_pay_are_tried_again_now_and_then():
     found = [length.next(0.9, lambda tokens: float(tokens), 0.0) for _ in range(60)]
     assert found.count(1) == 2
     assert found.count(0) == 58
+
+
+def test_idle_rounds_count_across_short_texts():
+    """Answers shorter than the wait for another try, one after the other: drafts are tried again all the same."""
+    habit, found = Habit(acceptance=0.0), []
+    for _ in range(20):
+        length = DraftLength(habit=habit)
+        found += [length.next(0.9, lambda tokens: float(tokens), 0.0) for _ in range(3)]
+        habit = length.habit
+    assert found.count(1) == 2
+    assert found.count(0) == 58
+
+
+def test_a_token_without_a_draft_is_measured_before_drafts_are_judged():
+    """Where two tokens cost twice as much as one, and one was never read alone, drafts would never be left out."""
+    costs = Costs({2: 2.0, 5: 2.0})
+    assert costs.is_blind_at(1)
+    assert not costs.is_blind_at(2)
+    assert not Costs().is_blind_at(1)
+    length = DraftLength(habit=Habit(acceptance=0.3))
+    assert length.next(0.05, costs.of, 0.0) > 0
+    costs.add(1, 1.0)
+    assert not costs.is_blind_at(1)
+    assert length.next(0.05, costs.of, 0.0) == 0
+
+
+def test_a_new_model_goes_once_without_a_draft_to_learn_its_cost(monkeypatch):
+    monkeypatch.setattr(plan, "WORTH_BYTES", 0)
+    monkeypatch.setattr(plan, "WORTH_RATIO", 0)
+    monkeypatch.setattr("trimtab.logits.speculation.decode.DraftLength.next", lambda *told: 3)
+    model = fuse(one_pass=False)
+    for expected in ([1, 4, 4], [4, 4, 4]):
+        assert sorted(strong_widths(model, "auto")[1:4]) == expected
+    assert strong_widths(fuse(one_pass=False), 3)[1:4] == [4, 4, 4]
+
+
+def strong_widths(model, speculate):
+    """How many tokens the strong model reads in each of its forwards."""
+    read = []
+    hook = model.members.strong.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    new_tokens(model, PROMPTS[0], speculate=speculate, max_new_tokens=24, do_sample=False)
+    hook.remove()
+    return read
+
+
+def test_what_drafts_became_of_is_known_by_rule_and_forgotten_with_the_strategy():
+    model = fuse()
+    for rule in ("math", "prompt"):
+        new_tokens(model, MANY, speculate=3, speculate_draft=rule, max_new_tokens=24)
+    habits = model._meter.habits
+    assert set(habits) == {"math", "prompt"}
+    assert habits["math"].acceptance != habits["prompt"].acceptance
+    costs = model._meter.lanes
+    model.strategy = "static"
+    assert model._meter.habits == {}
+    assert model._meter.lanes is costs
+
+
+def test_auto_counts_all_that_is_read_while_a_draft_grows():
+    """Experts of one forward are read together, whoever drafts; apart, one of them is enough."""
+    joint, apart = fuse(one_pass=True), fuse(one_pass=False)
+    told = [plan.small_strong(model.members, model.reader, model.strategy, "auto") for model in (joint, apart)]
+    small = plan.step_bytes([apart.members.experts["math"]])
+    assert f"a drafted one through {3 * small / 1e6:.0f} MB" in told[0]
+    assert f"a drafted one through {small / 1e6:.0f} MB" in told[1]
+    sizes = [plan._drafter_bytes(model.members, model.reader, model.strategy, "auto") for model in (joint, apart)]
+    assert sizes == [3 * small, small]
+    rules = {rule: plan._drafter_bytes(apart.members, apart.reader, apart.strategy, rule) for rule in DRAFTS}
+    assert rules == {
+        **dict.fromkeys(("auto", "lately", "base", "math", "facts"), small),
+        "mixture": 2 * small, "fused": 3 * small, "prompt": 0,
+    }  # fmt: skip
 
 
 def test_costs_are_read_between_and_beyond_measurements():

@@ -7,6 +7,7 @@ unchanged. What is fused at a position depends on that position's logits alone.
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
             strategy = strategy_from_dict(strategy, names)
         self._strategy = strategy.for_experts(names) if names else strategy
         self.config.strategy = self._strategy.to_dict()
+        if self._meter is not None:  # another law takes other drafts; forwards cost what they did
+            self._meter = replace(self._meter, habits={})
 
     @property
     def speculate(self) -> str | int:

@@ -1,7 +1,7 @@
 """Runs the members on the same tokens: one forward per lane, each on its own device, prompts and cache."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,17 @@ class Reader:
     def chunk_rows(self) -> int:
         """How many positions a strategy gets at a time."""
         return max(1, CHUNK_NUMBERS // (self._vocab_size * (len(self._members.experts) + 2)))
+
+    def lanes_of(self, names: Iterable[str]) -> list[int]:
+        """The lanes that read these members, in order."""
+        run_of = dict(zip((member.name for member in self._members), self.run_of, strict=True))
+        runs = {run_of[name] for name in names}
+        return [index for index, lane in enumerate(self.lanes) if runs & set(lane.runs)]
+
+    @property
+    def is_one_forward(self) -> bool:
+        """Whether base and experts are read together, whoever of them drafts."""
+        return len(self.lanes_of(("base", *self._members.experts))) == 1
 
     def new_cache(self, own: OwnPrompts | None = None, max_tokens: int | None = None) -> FusedCache:
         """An empty cache; with room for `max_tokens` tokens of the shared text from the start where they are given."""

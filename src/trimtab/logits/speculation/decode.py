@@ -24,7 +24,7 @@ from torch import Tensor
 from trimtab.logits.reading import BrokenLaw, uniform_where
 from trimtab.logits.speculation import draft as drafting
 from trimtab.logits.speculation.draft import Drafter
-from trimtab.logits.speculation.length import PRIOR, Costs, DraftLength
+from trimtab.logits.speculation.length import Costs, DraftLength, Habit
 from trimtab.logits.speculation.processors import Scorer
 from trimtab.logits.speculation.ragged import RaggedReading
 from trimtab.logits.speculation.report import SpeculationReport
@@ -35,12 +35,16 @@ from trimtab.logits.strategy import Fusion, Strategy
 
 @dataclass
 class Meter:
-    """What a model has learned from the texts before: costs of forwards, per lane, and of a round beside them, and how
-    many drafted tokens stand."""
+    """What a model has learned from the texts before.
+
+    lanes     of each, what its forwards cost
+    beside    what a round costs beside forwards
+    habits    {rule of drafting: what became of its drafts}
+    """
 
     lanes: list[Costs]
     beside: Costs = field(default_factory=Costs)
-    acceptance: float = PRIOR
+    habits: dict[str, Habit] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,7 +103,7 @@ class SpeculativeDecoder:
         run_of: Mapping[str, int],
         rows: Rows,
         scorer: Scorer,
-        length: DraftLength,
+        fixed_length: int | None,
         meter: Meter,
         report: SpeculationReport,
         rule: str,
@@ -108,10 +112,10 @@ class SpeculativeDecoder:
     ) -> None:
         self._reading, self._reader = reading, reading.reader
         self._strategy, self._names, self._run_of = strategy, tuple(expert_names), run_of
-        self._rows, self._scorer, self._length, self._meter = rows, scorer, length, meter
+        self._rows, self._scorer, self._meter = rows, scorer, meter
         self._do_sample, self._vocab = do_sample, vocab_size
-        is_one_forward = len(self._lanes_with(("base", *self._names))) == 1
-        self._rule = drafting.settled(rule, strategy, self._names, is_one_forward)
+        self._rule = drafting.settled(rule, strategy, self._names, self._reader.is_one_forward)
+        self._length = DraftLength(fixed_length, meter.habits.get(self._rule))
         self._lately = torch.zeros(len(self._names))
         self._in_forwards = 0.0
         self._is_careful = False  # the next round reads one token alone
@@ -120,12 +124,13 @@ class SpeculativeDecoder:
     def run(self) -> None:
         """Rounds until every row has ended; raises BrokenLaw where members' logits make no law."""
         while self._rows.active:
-            start, self._in_forwards = time.perf_counter(), 0.0
+            start, self._in_forwards, is_opening = time.perf_counter(), 0.0, self._reading.is_opening
             self._round()
             beside = time.perf_counter() - start - self._in_forwards
-            self._meter.beside.add(1, beside)
+            if not is_opening:  # what is compiled or read from disk at the first call tells nothing of the next ones
+                self._meter.beside.add(1, beside)
             self.report.beside += beside
-        self._meter.acceptance = self._length.acceptance
+        self._meter.habits[self._rule] = self._length.habit
 
     # ---- one round
 
@@ -176,11 +181,7 @@ class SpeculativeDecoder:
 
     def _lanes_of(self, drafter: Drafter) -> list[int]:
         """The lanes that read while the draft grows."""
-        return self._lanes_with(drafter.members)
-
-    def _lanes_with(self, members: Sequence[str]) -> list[int]:
-        runs = {self._run_of[name] for name in members}
-        return [index for index, lane in enumerate(self._reader.lanes) if runs & set(lane.runs)]
+        return self._reader.lanes_of(drafter.members)
 
     def _guess_weights(self, nothing: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> Tensor:
         """[expert]: how much each would weigh behind the prompt, were the base the strong model.
@@ -188,7 +189,7 @@ class SpeculativeDecoder:
         The small members read the prompt for it, as they have to anyway.
         """
         small = ("base", *self._names)
-        lanes = self._lanes_with(small)
+        lanes = self._reader.lanes_of(small)
         if 0 in lanes:  # one of them is the strong model, which shall read the prompt with the draft
             return self._lately
         self._read(lanes, nothing, read, logits)
@@ -201,6 +202,8 @@ class SpeculativeDecoder:
         rows = len(self._rows.active)
         others = [index for index in range(len(self._reader.lanes)) if index not in serial]
         costs = self._meter.lanes
+        if self._length.is_adaptive and any(costs[lane].is_blind_at(rows) for lane in others):
+            return 0  # once: whether a draft pays cannot be known before a token without one was measured
         verifying: Callable[[int], float] | None = None
         if all(costs[lane].seconds for lane in others):
             verifying = lambda tokens: math.fsum(costs[lane].of(rows * tokens) for lane in others)  # noqa: E731

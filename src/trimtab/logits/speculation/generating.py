@@ -13,7 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from trimtab.logits.prompts import positions_of
 from trimtab.logits.speculation import plan as planning
 from trimtab.logits.speculation.decode import Meter, SpeculativeDecoder
-from trimtab.logits.speculation.length import Costs, DraftLength
+from trimtab.logits.speculation.length import Costs
 from trimtab.logits.speculation.plan import AUTO, Plan
 from trimtab.logits.speculation.processors import Scorer
 from trimtab.logits.speculation.ragged import RaggedReading
@@ -77,7 +77,7 @@ def why_not(model: Any, plan: Plan, task: Task) -> str | None:
     if reason is not None and plan.speculate != AUTO:
         raise planning.refuse(reason, plan.speculate)
     if reason is None and plan.speculate == AUTO:
-        reason = planning.small_strong(model.members, plan.draft)
+        reason = planning.small_strong(model.members, model.reader, model.strategy, plan.draft)
     return reason
 
 
@@ -153,7 +153,7 @@ def _decoder(
         dict(zip(model.member_names, reader.run_of, strict=True)),
         rows,
         Scorer(task.processors, task.input_ids.shape[0], rows.ends),
-        DraftLength(plan.fixed_length, meter.acceptance),
+        plan.fixed_length,
         meter,
         report,
         plan.draft,

@@ -44,18 +44,45 @@ class Costs:
         slope = (self.seconds[high] - self.seconds[low]) / (high - low)
         return self.seconds[low] + max(slope, 0.0) * (tokens - low)
 
+    def is_blind_at(self, tokens: int) -> bool:
+        """Whether all that is known is of twice as many tokens or more, and may be much dearer."""
+        return bool(self.seconds) and min(self.seconds) >= 2 * tokens
+
+
+@dataclass
+class Habit:
+    """What one rule of drafting has shown in the texts before.
+
+    acceptance    share of drafted tokens that stood, of those that were judged
+    idle          rounds without a draft since the last one with a draft, where drafts did not seem to pay
+    """
+
+    acceptance: float = PRIOR
+    idle: int = 0
+
 
 class DraftLength:
     """Chooses the length of the next draft.
 
     fixed     a length to keep; None: adapt
-    prior     acceptance that is expected before anything was drafted
+    habit     what is known from earlier texts
     """
 
-    def __init__(self, fixed: int | None = None, prior: float = PRIOR) -> None:
+    def __init__(self, fixed: int | None = None, habit: Habit | None = None) -> None:
+        habit = habit or Habit()
         self._fixed = fixed
-        self._judged, self._stood = PRIOR_WEIGHT, PRIOR_WEIGHT * prior
-        self._idle = 0
+        self._judged, self._stood = PRIOR_WEIGHT, PRIOR_WEIGHT * habit.acceptance
+        self._idle = habit.idle
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the length is chosen by costs."""
+        return self._fixed is None
+
+    @property
+    def habit(self) -> Habit:
+        """What is known by now, for the next text."""
+        return Habit(self.acceptance, self._idle)
 
     @property
     def acceptance(self) -> float:

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.core.errors import BadSetting
 from trimtab.logits.cache import FusedCache
 from trimtab.logits.members import Member, Members
-from trimtab.logits.speculation.draft import CHEAPEST, FUSED, LATELY, PROMPT, check_rule
+from trimtab.logits.reading import Reader
+from trimtab.logits.speculation.draft import CHEAPEST, check_rule, drafter_for, settled
 from trimtab.logits.speculation.length import LONGEST
 from trimtab.logits.speculation.processors import stateful_among
 from trimtab.logits.speculation.ragged import immovable
@@ -48,22 +50,18 @@ class Plan:
         return None if isinstance(self.speculate, str) else self.speculate
 
 
-def small_strong(members: Members, rule: str) -> str | None:
+def small_strong(members: Members, reader: Reader, strategy: Strategy, rule: str) -> str | None:
     """Why drafts cannot pay, judged by what a token costs the strong model and who drafts; None when they may."""
-    return too_small(step_bytes([members.strong]), _drafter_bytes(members, rule))
+    return too_small(step_bytes([members.strong]), _drafter_bytes(members, reader, strategy, rule))
 
 
-def _drafter_bytes(members: Members, rule: str) -> int:
-    if rule == PROMPT:
-        return 0
-    if rule in members.experts:
-        return step_bytes([members.experts[rule]])
-    experts = list(members.experts.values())
-    if rule == "base" or not experts:
-        return step_bytes([members.base])
-    if rule in (CHEAPEST, LATELY):
-        return min(step_bytes([expert]) for expert in experts)
-    return step_bytes([*experts, *([members.base] if rule == FUSED else [])])
+def _drafter_bytes(members: Members, reader: Reader, strategy: Strategy, rule: str) -> int:
+    """Of the cheapest drafter that the rule may choose, with all that is read in the same forwards."""
+    names = tuple(members.experts)
+    rule = settled(rule, strategy, names, reader.is_one_forward)
+    drafters = [drafter_for(rule, names, strategy, weights) for weights in torch.eye(max(1, len(names)))]
+    read = [[reader.lanes[lane] for lane in reader.lanes_of(drafter.members)] for drafter in drafters]
+    return min(step_bytes([member for lane in lanes for member in lane.members]) for lanes in read)
 
 
 def too_small(cost: int, drafting: int) -> str | None:
