@@ -170,6 +170,34 @@ def test_another_input_model_or_setting_is_not_gone_on_with(fused_dir, tmp_path,
         run_batch(directory, source, target, settings, HERE, mode="resume")
 
 
+def test_names_that_depend_on_the_working_directory_are_not_gone_on_with_in_another(fused_dir, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "facts").symlink_to(fused_dir)
+    monkeypatch.chdir(tmp_path)
+    rows = [*rows_of(3), complete("named", "1+1", model="runs/facts", max_tokens=4)]
+    source, target = stopped("runs/facts", tmp_path, rows)
+    monkeypatch.chdir("runs")
+    with pytest.raises(InputError, match=r"unknown models was None, is \['runs/facts'\]"):
+        run_batch("facts", source, target, TRANSFORMERS, HERE, mode="resume")
+    monkeypatch.chdir(tmp_path)
+    assert run_batch("runs/facts", source, target, TRANSFORMERS, HERE, mode="resume").failed == 0
+    assert [row["response"]["body"]["model"] for row in read_rows(target)] == [*["fused"] * 3, "runs/facts"]
+
+
+def test_rows_without_such_names_are_gone_on_with_from_anywhere_and_paths_may_be_texts(
+    fused_dir, tmp_path, monkeypatch
+):
+    rows = [*rows_of(3), complete("named", "1+1", model="fused", max_tokens=4), complete("odd", "1", model=["fused"])]
+    monkeypatch.chdir(fused_dir.parent)
+    source, target = stopped("fused", tmp_path, rows)
+    monkeypatch.chdir(tmp_path)
+    summary = run_batch(str(fused_dir), source.name, target.name, TRANSFORMERS, HERE, mode="resume")
+    assert (summary.kept, summary.failed) == (2, 1)
+    answers = read_rows(target)
+    assert {row["response"]["body"]["model"] for row in answers[:4]} == {"fused"}
+    assert 'model is ["fused"]' in answers[4]["error"]["error"]["message"]
+
+
 def test_the_same_rows_in_another_order_are_the_same_input(fused_dir, tmp_path):
     source, target = stopped(fused_dir, tmp_path, rows_of(4))
     write_rows(source, rows_of(4)[::-1])
@@ -210,6 +238,11 @@ def test_wrong_engines_directories_and_files_are_refused_before_anything_is_writ
         run_batch(tmp_path, source, target, TRANSFORMERS, HERE)
     with pytest.raises(InputError, match="is the input"):
         run_batch(fused_dir, source, source, TRANSFORMERS, HERE)
+    part = write_rows(tmp_path / "a.jsonl.part", rows_of(1))
+    with pytest.raises(InputError, match=r"a\.jsonl\.part is the input"):
+        run_batch(fused_dir, part, tmp_path / "a.jsonl", TRANSFORMERS, HERE, mode="force")
+    assert len(read_rows(part)) == 1
+    part.unlink()
     with pytest.raises(InputError, match="is a directory"):
         run_batch(fused_dir, source, tmp_path, TRANSFORMERS, HERE)
     with pytest.raises(InputError, match="both have the custom_id"):

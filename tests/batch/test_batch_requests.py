@@ -37,6 +37,12 @@ def completion(**body):
     return read_request({"url": COMPLETIONS, "body": {"prompt": "Hello"} | body})
 
 
+@pytest.mark.parametrize("model", [7, ["fused"], False])
+def test_a_model_is_called_by_a_name(model):
+    with pytest.raises(BadSetting, match=r"model is .*\n  Expected: a name"):
+        completion(model=model)
+
+
 def test_the_table_of_other_values_names_every_field():
     assert set(OTHER) == set(SHARED)
 

@@ -221,6 +221,80 @@ def test_a_row_that_cannot_be_answered_fails_alone(worker, row, says):
     assert before["model"] == "alias"
 
 
+STRICT = (
+    "{% if messages[0].role != 'user' %}{{ raise_exception('The user speaks first') }}{% endif %}"
+    "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}{{ messages[0].content / 2 if messages[1] else '' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (chat("x", "", messages=[{"role": "system", "content": "Be brief."}]), "TemplateError: The user speaks first"),
+        (
+            chat("x", "", messages=[{"role": "user", "content": "a"}] * 2),
+            "template refuses the conversation: TypeError",
+        ),
+        (complete("x", "12\ud800"), r"the prompt holds '\ud800', which is half a character"),
+        (chat("x", "\udfff7"), r"the prompt holds '\udfff', which is half a character"),
+    ],
+)
+@pytest.mark.parametrize("prompts", [{}, {"math": "chat"}])
+def test_a_row_that_the_template_or_the_tokenizer_refuses_fails_alone_and_the_others_are_written_together(
+    fused_dir, tmp_path, monkeypatch, row, says, prompts
+):
+    folder = fused_dir.parent
+    members = (str(folder / "strong"), str(folder / "base"), {"math": str(folder / "math")})
+    FusedCausalLM.from_members(*members, prompts=prompts).save_pretrained(tmp_path / "strict")
+    engine, written = TransformersEngine(tmp_path / "strict"), []
+    engine.tokenizer.chat_template = STRICT
+    write = engine.write
+    monkeypatch.setattr(engine, "write", lambda jobs: written.append(len(jobs)) or write(jobs))
+    rows = [chat("a", "12+7", max_tokens=4), row, complete("b", "12+7", max_tokens=4)]
+    before, bad, after = ask(Answering(engine, ["fused"]), *rows)
+    assert written == [2]
+    assert isinstance(bad, RowError)
+    assert (bad.kind, bad.is_input) == ("BadSetting", True)
+    assert says in bad.message
+    assert first(before)["message"]["content"]
+    assert first(after)["text"]
+
+
+def test_a_row_that_cannot_be_prepared_for_another_reason_fails_alone_too(worker, monkeypatch):
+    engine, longest = worker._engine, worker._engine.longest_prompt
+
+    def failing(job):
+        if job.prompt == "fails":
+            raise RuntimeError("out of memory")
+        return longest(job)
+
+    monkeypatch.setattr(engine, "longest_prompt", failing)
+    good = complete("a", "12+7", max_tokens=4)
+    before, bad, after = ask(worker, good, complete("b", "fails"), good | {"custom_id": "c"})
+    assert (bad.kind, bad.is_input) == ("RuntimeError", False)
+    assert before["choices"] == after["choices"]
+
+
+@pytest.mark.parametrize("prompts", [{}, {"math": "Please answer: {prompt}"}])
+def test_without_a_chat_template_a_conversation_is_written_as_serve_writes_it(fused_dir, tmp_path, prompts):
+    folder = fused_dir.parent
+    members = (str(folder / "strong"), str(folder / "base"), {"math": str(folder / "math")})
+    bare = FusedCausalLM.from_members(*members, tokenizer=tiny.make_tokenizer(), prompts=prompts)
+    bare.save_pretrained(tmp_path / "bare")
+    worker = Answering(TransformersEngine(tmp_path / "bare"), ["bare"])
+    messages = [{"role": role, "content": "1+1"} for role in ("system", "user")]
+    conversation, text = ask(
+        worker,
+        chat("a", "", messages=messages, max_tokens=8),
+        complete("b", "System: 1+1\nUser: 1+1\nAssistant:", max_tokens=8),
+    )
+    assert conversation["usage"] == text["usage"]
+    if not prompts:  # a member's own prompt holds the contents of a conversation, not its rendering
+        assert first(conversation)["message"]["content"] == first(text)["text"]
+    else:
+        assert first(conversation)["message"]["content"]
+
+
 def test_a_generation_that_fails_fails_its_row_alone(worker, monkeypatch):
     fused, generate = worker._engine._fused, FusedCausalLM.generate
 

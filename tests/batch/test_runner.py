@@ -8,7 +8,7 @@ import pytest
 from trimtab.batch.journal import open_journal
 from trimtab.batch.rows import BrokenWorker, Outcome, Row
 from trimtab.batch.runner import Counts, InProcess, about, run
-from trimtab.core.errors import BadSetting, InputError
+from trimtab.core.errors import BadSetting, InputError, TrimtabError
 
 ROWS = [Row(f"r{number}", {"number": number}) for number in range(10)]
 
@@ -97,6 +97,42 @@ def test_a_run_that_was_stopped_goes_on_where_it_was_and_does_nothing_twice(jour
     assert answers(journal) == {f"r{number}": 2 * number for number in range(10)}
 
 
+@pytest.mark.parametrize("values", [[1], [1, 2, 3]])
+def test_a_worker_whose_values_do_not_match_the_rows_ends_the_run(journal, values):
+    with pytest.raises(TrimtabError, match=f"gave {len(values)} values for 2 rows") as raised:
+        run(ROWS, lambda: lambda contents: values, journal, InProcess(2))
+    assert not isinstance(raised.value, InputError)
+    assert not journal.done
+
+
+def test_a_worker_that_gives_no_list_or_nests_without_end_fails_its_rows_alone(journal):
+    endless = []
+    endless.append(endless)
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    answers = {0: None, 1: [endless], 2: [deep]}
+    run(ROWS, lambda: lambda contents: answers.get(contents[0]["number"], [7]), journal, InProcess(1))
+    outcomes = list(journal.outcomes([row.id for row in ROWS]))
+    kinds = [outcome.error and outcome.error.kind for outcome in outcomes]
+    assert kinds == ["TypeError", "ValueError", "RecursionError"] + [None] * 7
+
+
+def test_an_executor_is_told_a_row_that_an_earlier_run_answered(journal):
+    told = []
+
+    def executor(rows, make_worker, answered_before):
+        told.append(answered_before)
+        yield from InProcess(1)(rows[:1], make_worker)
+        raise KeyboardInterrupt
+
+    rows = [Row("r0", {"number": 0, "do": "refuse"}), *ROWS[1:]]
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(rows, Doubling, journal, executor)
+    assert told == [None, None, rows[1]], "the first row was refused, which shows nothing"
+
+
 def test_ids_must_be_unique_and_the_journals(journal):
     with pytest.raises(InputError, match="two rows have the id 'r1'"):
         run([ROWS[1], ROWS[1]], Doubling, journal)
@@ -120,7 +156,8 @@ def test_a_digest_does_not_depend_on_the_order_of_keys():
 
 
 def test_an_executor_may_finish_rows_in_any_order(journal):
-    def backwards(rows, make_worker):
+    def backwards(rows, make_worker, answered_before):
+        assert answered_before is None
         worker = make_worker()
         for row in reversed(rows):
             yield [Outcome(row.id, worker([row.content])[0])]

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any, Protocol, runtime_checkable
 
 from trimtab.batch.requests import Prompt, Request, Sampling, read_request
 from trimtab.batch.responses import Written, body_of
-from trimtab.core.errors import BadSetting, ContextTooLong, TrimtabError, UnknownName
+from trimtab.core.errors import BadSetting, ContextTooLong, UnknownName
 from trimtab.logits.prompts import PromptForm, empty_prompt
+
+PLAIN_TEMPLATE = files("trimtab.serving") / "page" / "plain.jinja"
 
 
 @dataclass(frozen=True)
@@ -53,25 +56,29 @@ class Answering:
     """A worker for `run`: {"url", "body"} in, an OpenAI response body out.
 
     model_names   what requests may call the model; the first is its own name
+
+    Conversations for a tokenizer without a chat template are written as `trimtab serve` writes them.
     """
 
     def __init__(self, engine: Engine, model_names: Sequence[str]) -> None:
         self._engine = engine
         self._names = tuple(model_names)
+        if engine.tokenizer.chat_template is None:
+            engine.tokenizer.chat_template = PLAIN_TEMPLATE.read_text(encoding="utf-8")
 
     def __call__(self, contents: Sequence[Mapping[str, Any]]) -> list[Any]:
         """A response body per request, or what is wrong with it."""
-        prepared: list[tuple[Request, list[Job]] | TrimtabError] = []
+        prepared: list[tuple[Request, list[Job]] | Exception] = []
         for content in contents:
             try:
                 request = read_request(content, self._engine.without, self._engine.name)
                 prepared.append((request, self._jobs(request)))
-            except TrimtabError as error:
+            except Exception as error:  # the row's own, whatever it is: the others are still written together
                 prepared.append(error)
-        jobs = [job for found in prepared if not isinstance(found, TrimtabError) for job in found[1]]
+        jobs = [job for found in prepared if not isinstance(found, Exception) for job in found[1]]
         texts = iter(self._engine.write(jobs) if jobs else [])
         return [
-            found if isinstance(found, TrimtabError) else self._answer(*found, [next(texts) for _ in found[1]])
+            found if isinstance(found, Exception) else self._answer(*found, [next(texts) for _ in found[1]])
             for found in prepared
         ]
 

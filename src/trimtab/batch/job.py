@@ -1,6 +1,7 @@
 """A batch: a fused directory, a file of OpenAI requests, and the file of their responses; see `run_batch`."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from trimtab.batch.rows import Execute, Outcome, Row, RowError, Worker, as_json
 from trimtab.batch.runner import InProcess, about, run
 from trimtab.core.errors import BadSetting, InputError, UnreadableModel, unknown_name
 from trimtab.logits import references, saving, vocabulary
+from trimtab.serving.drafting import translated
 from trimtab.serving.plan import make_plan
 
 AUTO, VLLM, TRANSFORMERS = "auto", "vllm", "transformers"
@@ -108,13 +110,14 @@ class Summary:
 
 
 def run_batch(
-    directory: Path,
-    source: Path,
-    target: Path,
+    directory: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     settings: Settings | None = None,
     place: Place | None = None,
     mode: Mode = "new",
     advance: Callable[[int, int], None] = lambda done, total: None,
+    tell: Callable[[str], None] = lambda remark: None,
 ) -> Summary:
     """Answers every request of a file; the output has their order and appears when it is whole.
 
@@ -124,12 +127,14 @@ def run_batch(
                 holds what is finished until then
     mode        "new": neither may exist; "resume": goes on with what is there; "force": starts anew
     advance     called with how many requests are finished, and how many there are
+    tell        called with a sentence on who drafts in vLLM, or why nobody does, before anything is computed
     raises      InputError for what cannot be used, before anything is computed; a request that cannot be answered
                 fails alone, in its output row
     """
     started = perf_counter()
-    batch = _Batch.prepare(Path(directory), Path(source), Path(target), settings or Settings())
-    journal_path = target.with_name(target.name + PART)
+    source, target = Path(source), Path(target)
+    batch = _Batch.prepare(Path(directory), source, target, settings or Settings())
+    journal_path = _journal_of(target)
     if mode == "resume" and target.exists() and not journal_path.exists():
         failed = batch.check_finished(target)
         total = len(batch.lines)
@@ -140,6 +145,8 @@ def run_batch(
     target.parent.mkdir(parents=True, exist_ok=True)
     with closing(open_journal(journal_path, batch.about, mode)) as journal:
         try:
+            if batch.drafting is not None:
+                tell(batch.drafting)
             counts = run(batch.rows, batch.make_worker, journal, execute, advance)
         except BaseException:
             if not journal.done:  # nothing to go on with
@@ -161,13 +168,20 @@ def run_batch(
 
 @dataclass(frozen=True)
 class _Batch:
-    """A checked job. `key` is what the answers depend on beside the requests: model and settings."""
+    """A checked job.
+
+    key        what the answers depend on beside the requests: model and settings
+    drafts     whether vLLM speculates as the directory says
+    drafting   a sentence on that; None where it is not asked
+    """
 
     directory: Path
     lines: Sequence[Line]
     settings: Settings
     model_names: tuple[str, ...]
     key: Mapping[str, Any]
+    drafts: bool = False
+    drafting: str | None = None
 
     @classmethod
     def prepare(cls, directory: Path, source: Path, target: Path, settings: Settings) -> "_Batch":
@@ -179,14 +193,24 @@ class _Batch:
             )
         if settings.engine == VLLM:
             make_plan(config, directory)  # what vLLM cannot run is said now, not by every worker
-        if source.exists() and target.exists() and source.samefile(target):
-            raise InputError(f"{target} is the input.", "The output is a file of its own.", "name another one.")
+        for path in (target, _journal_of(target)):
+            if source.exists() and path.exists() and source.samefile(path):
+                raise InputError(
+                    f"{path} is the input.",
+                    f"The output is a file of its own, and so is OUTPUT{PART}, its journal.",
+                    "name another output.",
+                )
         if target.is_dir():
             raise InputError(f"{target} is a directory.", "Expected: a file to write.", "name a file in it.")
-        names = dict.fromkeys((*settings.model_names, str(directory), directory.resolve().name))
+        # The first is the answers' own name: it shall not depend on where the command is run.
+        names = tuple(dict.fromkeys((*settings.model_names, directory.resolve().name, str(directory))))
         key = {"model": model_digest(directory), **vars(settings), "model_names": list(settings.model_names)}
         lines = read_lines(source, settings.engine, TRANSFORMERS_LACKS if settings.engine == TRANSFORMERS else ())
-        return cls(directory.resolve(), lines, settings, tuple(names), key)
+        refused = _asked_models(lines) - set(names)
+        if refused:  # the directory as given is a name, too, and another one from another working directory
+            key["unknown models"] = sorted(refused)
+        drafts, remark = _drafting(directory, settings, lines)
+        return cls(directory.resolve(), lines, settings, names, key, drafts, remark)
 
     @property
     def rows(self) -> list[Row]:
@@ -201,7 +225,7 @@ class _Batch:
     @property
     def make_worker(self) -> Callable[[], Worker]:
         """Opens the model; for another process."""
-        return partial(make_answering, self.directory, self.settings, self.model_names)
+        return partial(make_answering, self.directory, self.settings, self.model_names, self.drafts)
 
     def write(self, target: Path, journal: Journal) -> int:
         """The output, in the order of the input; returns how many rows hold an error."""
@@ -252,8 +276,46 @@ class _Batch:
         return f"trimtab-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
-def make_answering(directory: Path, settings: Settings, model_names: Sequence[str]) -> Worker:
-    """A worker on the engine that the settings name."""
+def _journal_of(target: Path) -> Path:
+    return target.with_name(target.name + PART)
+
+
+def _asked_models(lines: Sequence[Line]) -> set[str]:
+    """What the requests call the model."""
+    bodies = [line.row.content["body"] for line in lines if line.row is not None]
+    return {body["model"] for body in bodies if body.get("model") is not None}
+
+
+def _drafting(directory: Path, settings: Settings, lines: Sequence[Line]) -> tuple[bool, str | None]:
+    """Whether vLLM speculates as the directory says, and a sentence on it; no sentence where it is not asked.
+
+    One engine answers all rows, with drafts or without: it goes without where a row asks for what drafts would break.
+    """
+    if settings.engine != VLLM or "speculative_config" in settings.options:
+        return False, None
+    found = translated(directory)
+    rows = [line.row for line in lines if line.row is not None]
+    why_not = next((why for row in rows if (why := _against_drafts(row)) is not None), None)
+    if found.config is None or why_not is None:
+        return found.config is not None, found.remark
+    return False, f"Nobody drafts: {why_not}."
+
+
+def _against_drafts(row: Row) -> str | None:
+    """Why a request cannot be answered, or not as it must be, by vLLM beside drafts."""
+    body = row.content["body"]
+    if body.get("min_p"):
+        return f"row {as_json(row.id)} asks for min_p, which vLLM refuses beside drafts"
+    if body.get("seed") not in (None, -1) and body.get("temperature") != 0:
+        return f"row {as_json(row.id)} draws by a seed, and how long vLLM's drafts are may depend on its neighbours"
+    return None
+
+
+def make_answering(directory: Path, settings: Settings, model_names: Sequence[str], drafts: bool = False) -> Worker:
+    """A worker on the engine that the settings name.
+
+    drafts   whether vLLM speculates as the directory says; the transformers engine does so by itself
+    """
     from trimtab.batch.answering import Answering, Engine
 
     engine: Engine
@@ -261,7 +323,11 @@ def make_answering(directory: Path, settings: Settings, model_names: Sequence[st
         from trimtab.batch.vllm_engine import VllmEngine
 
         dtype = settings.dtype or saving.read_config(directory).dtype
-        engine = VllmEngine(directory, None if dtype is None else str(dtype).removeprefix("torch."), settings.options)
+        # Made where the engine runs: what it names lies in this machine's cache.
+        more = {"speculative_config": translated(directory).config} if drafts else {}
+        engine = VllmEngine(
+            directory, None if dtype is None else str(dtype).removeprefix("torch."), {**settings.options, **more}
+        )
     else:
         from trimtab.batch.transformers_engine import TransformersEngine
 

@@ -1,7 +1,8 @@
 """Rows on Ray Data: `map_batches` over actors, each of which holds a worker. Ray starts an actor that died again and
 gives it its rows once more.
 
-Rows whose actor died each time are tried one by one at the end, so that a row that kills its worker fails alone.
+Rows whose actor died each time are tried one by one at the end, so that a row that kills its worker fails alone. Where
+many are left, a row that was answered before is tried among them: if it kills the workers, too, no row is to blame.
 On one machine Ray is started for the run, reachable from this machine only, and stopped after it.
 """
 
@@ -14,7 +15,7 @@ import re
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import ceil
@@ -26,7 +27,7 @@ from trimtab.core.errors import InputError, TrimtabError
 
 TRIES = 2  # of a batch, and again of each of its rows alone
 RESTARTS = 100  # of one worker: one that dies while it is made would otherwise be made for ever
-MOST_DEADLY = RESTARTS // TRIES // 2  # rows: if more kill their workers, something else does
+MOST_DEADLY = RESTARTS // TRIES // 2  # rows that may kill a worker, and it is still restarted for those behind them
 CONNECTED_WITHIN = 10.0  # seconds
 MADE = "made"  # what a worker says to a table without rows
 # Read by Ray when it is imported. The second one lets its servers listen on this machine alone, on Linux too.
@@ -50,29 +51,46 @@ class OnRay:
     cpus: float | None = None
     gpus: float = 0.0
 
-    def __call__(self, rows: Sequence[Row], make_worker: MakeWorker) -> Finished:
-        """Outcomes by batch, as they are finished; raises TrimtabError where no worker can be made."""
+    def __call__(self, rows: Sequence[Row], make_worker: MakeWorker, answered_before: Row | None = None) -> Finished:
+        """Outcomes by batch, as they are finished.
+
+        answered_before   a row that an earlier run answered
+        raises            TrimtabError where no worker can be made, and where workers die whatever row they are given
+        """
         left = {row.id: row for row in rows}
-        is_made = False
+        is_made, witness = False, answered_before
         with _ray(self):
             for batch_size in (self.batch_size, 1):
                 for outcomes in self._outcomes(list(left.values()), batch_size, make_worker):
                     is_made = True
-                    for outcome in outcomes:
-                        del left[outcome.id]
+                    finished = {outcome.id: left.pop(outcome.id) for outcome in outcomes}
+                    witness = witness or next((finished[one.id] for one in outcomes if one.error is None), None)
                     if outcomes:
                         yield outcomes
                 if not left:
                     return
-        if not is_made or len(left) > MOST_DEADLY:
-            raise TrimtabError(
-                f"{len(left)} rows are left, and the workers die "
-                + ("whatever row they are given." if is_made else "while they are made."),
-                "Memory that is full does this.",
-                "take fewer workers or smaller batches, and run again with --resume: what was finished is kept.",
-            )
-        died = RowError("WorkerDied", "the worker died each time it was given this row, also alone.")
-        yield [Outcome(row_id, error=died) for row_id in left]
+            if witness is None or not is_made:
+                raise _all_die(len(left), is_made)
+            if len(left) <= MOST_DEADLY and witness is not answered_before:
+                yield _given_up(left)
+                return
+            # A worker is not restarted for ever: the last of so many may never have been given to one.
+            for some in batches(list(left.values()), MOST_DEADLY):
+                yield self._among(some, witness, make_worker, len(left))
+                for row in some:
+                    del left[row.id]
+
+    def _among(self, rows: Sequence[Row], witness: Row, make_worker: MakeWorker, num_left: int) -> list[Outcome]:
+        """Outcomes of rows that may all kill their workers, each tried alone.
+
+        witness   a row that was answered before
+        raises    TrimtabError where the witness is not answered again: then the rows are not to blame
+        """
+        found = [one for batch in self._outcomes([*rows, witness], 1, make_worker) for one in batch]
+        if all(one.id != witness.id or one.error is not None for one in found):
+            raise _all_die(num_left, is_made=True)
+        finished = {one.id: one for one in found if one.id != witness.id}
+        return [*finished.values(), *_given_up(row.id for row in rows if row.id not in finished)]
 
     def _outcomes(self, rows: list[Row], batch_size: int, make_worker: MakeWorker) -> Finished:
         import pyarrow
@@ -113,6 +131,20 @@ class OnRay:
         return 1.0 if self.address else float(max(1, cpu_count() // self.workers))
 
 
+def _all_die(num_left: int, is_made: bool) -> TrimtabError:
+    return TrimtabError(
+        f"{num_left} rows are left, and the workers die "
+        + ("whatever row they are given." if is_made else "while they are made."),
+        "Memory that is full does this.",
+        "take fewer workers or smaller batches, and run again with --resume: what was finished is kept.",
+    )
+
+
+def _given_up(row_ids: Iterable[str]) -> list[Outcome]:
+    died = RowError("WorkerDied", "the worker died each time it was given this row, also alone.")
+    return [Outcome(row_id, error=died) for row_id in row_ids]
+
+
 class _Actor:
     """A worker in a process of its own. One that cannot be made says so with its first rows."""
 
@@ -140,6 +172,9 @@ class _Actor:
             sys.stderr.write(f"{error}\n")  # into Ray's log of this worker
             sys.stderr.flush()
             os._exit(1)  # Ray makes another process
+        except Exception as error:  # would be taken for the death of this process: nobody reads Ray's log of it
+            said = str(error) if isinstance(error, TrimtabError) else f"{type(error).__name__}: {error}"
+            return pyarrow.table({"outcome": [as_json({"failure": said})]})
         return pyarrow.table({"outcome": [outcome.to_line() for outcome in outcomes]})
 
 
@@ -149,6 +184,8 @@ def _outcome(line: str) -> Outcome:
             f"no worker can be made: {json.loads(line)['refusal']}",
             fix="mend that, then run again with --resume; --workers 0 shows it without Ray.",
         )
+    if line.startswith('{"failure":'):
+        raise TrimtabError(json.loads(line)["failure"])
     return Outcome.from_line(line)
 
 

@@ -144,7 +144,7 @@ def read_request(content: Mapping[str, Any], without: Collection[str] = (), engi
             f"n is {sampling.n} at temperature 0.", "All texts would be the same.", "set a temperature, or n to 1."
         )
     prompts = (_messages(body.get("messages")),) if is_chat else _prompts(body.get("prompt"))
-    return Request(is_chat, body.get("model"), prompts, sampling)
+    return Request(is_chat, _model(body.get("model")), prompts, sampling)
 
 
 def check_fields(url: str, body: Mapping[str, Any]) -> None:
@@ -184,6 +184,12 @@ def _number(name: str, value: Any) -> Any:
         bounds = f"{'above' if name in OPEN else 'of at least'} {low:g}" + (f", at most {high:g}" if high < inf else "")
         raise BadSetting(f"{name} is {_shown(value)}.", f"Expected: {noun} {bounds}.", "correct it, or leave it out.")
     return kind(value)
+
+
+def _model(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BadSetting(f"model is {_shown(value)}.", "Expected: a name.", "correct it, or leave it out.")
+    return value
 
 
 def _length(body: Mapping[str, Any], is_chat: bool) -> int | None:

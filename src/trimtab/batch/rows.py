@@ -53,7 +53,7 @@ class Outcome:
     error: RowError | None = None
 
     def to_line(self) -> str:
-        """One line of JSON in ASCII; raises ValueError or TypeError for what JSON cannot hold."""
+        """One line of JSON in ASCII; raises ValueError, TypeError or RecursionError for what JSON cannot hold."""
         content: dict[str, Any] = {"id": self.id, "value": self.value}
         if self.error is not None:
             content["error"] = vars(self.error)
@@ -84,8 +84,9 @@ class BrokenWorker(TrimtabError):
 
 MakeWorker = Callable[[], Worker]
 Finished = Generator[list[Outcome], None, None]
-# Runs all rows and yields outcomes, a batch at a time and in any order, as they are finished.
-Execute = Callable[[Sequence[Row], MakeWorker], Finished]
+# Runs all rows and yields outcomes, a batch at a time and in any order, as they are finished. The last argument is a
+# row that an earlier run answered, where there is one: workers that die of it, too, die of something else than rows.
+Execute = Callable[[Sequence[Row], MakeWorker, Row | None], Finished]
 
 
 def as_json(content: Any, sort_keys: bool = False) -> str:
@@ -102,17 +103,22 @@ def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
 def answered(worker: Worker, rows: Sequence[Row]) -> list[Outcome]:
     """One outcome per row; a row whose answer raises fails alone.
 
-    raises    BrokenWorker, as the worker raised it
+    raises    BrokenWorker, as the worker raised it; TrimtabError where values and rows cannot be matched
     """
     try:
-        values: Sequence[Any] = worker([row.content for row in rows])
+        values = list(worker([row.content for row in rows]))
     except BrokenWorker:
         raise
     except Exception as error:
         if len(rows) == 1:
             return [failed(rows[0].id, error)]
         return [outcome for row in rows for outcome in answered(worker, [row])]
-    assert len(values) == len(rows), f"a worker gave {len(values)} values for {len(rows)} rows"
+    if len(values) != len(rows):
+        raise TrimtabError(
+            f"the worker gave {len(values)} values for {len(rows)} rows.",
+            "Expected: one value, or an exception, per row, in their order.",
+            "mend the worker.",
+        )
     return [_outcome(row.id, value) for row, value in zip(rows, values, strict=True)]
 
 
@@ -122,7 +128,7 @@ def _outcome(row_id: str, value: Any) -> Outcome:
     outcome = Outcome(row_id, value)
     try:
         outcome.to_line()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         return failed(row_id, error)
     return outcome
 

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
             place,
             mode,
             lambda done, total: advance("requests", done, total),
+            lambda remark: print(remark, file=sys.stderr),
         )
     result = vars(summary)
     asked: dict[str, Any] = {**vars(settings), **vars(place), "mode": mode}

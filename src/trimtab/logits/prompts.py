@@ -59,6 +59,8 @@ class PromptForm:
 
         A conversation (a list of {"role", "content"}) goes through the chat template; a plain or templated member
         reads the fused tokenizer's own chat rendering, or the contents line by line, respectively.
+
+        raises    BadSetting for a conversation that the template refuses, and a text that cannot be tokenized
         """
         if self.chat is not None:
             return self._render_chat(tokenizer, prompt, self.chat)
@@ -77,8 +79,16 @@ class PromptForm:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         if self.system is not None and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        text = tokenizer.apply_chat_template(messages, chat_template=chat, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        options = {"chat_template": chat, "tokenize": False, "add_generation_prompt": True}
+        try:
+            text = tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # a template is a program: it refuses by raising, and may fail in any way
+            raise BadSetting(
+                f"the chat template refuses the conversation: {type(error).__name__}: {error}",
+                "Which roles may speak, and in which order, is the template's to say.",
+                "send messages that it takes, or give the model another chat template.",
+            ) from error
+        return _tokens(tokenizer, text, add_special_tokens=False)
 
 
 def read_form(member: str, spec: Any, chat_template: str | None) -> PromptForm:
@@ -119,7 +129,25 @@ def text_of(prompt: Prompt) -> str:
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, with the special tokens that the tokenizer adds by itself."""
-    return list(tokenizer(text)["input_ids"])
+    return _tokens(tokenizer, text)
+
+
+def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    try:
+        text.encode()
+        return list(tokenizer(text, **options)["input_ids"])
+    except UnicodeEncodeError as error:
+        raise BadSetting(
+            f"the prompt holds {text[error.start]!r}, which is half a character.",
+            "Expected: a text that UTF-8 can hold.",
+            "send both halves of the surrogate pair, or leave it out.",
+        ) from error
+    except Exception as error:  # the Rust side raises bare Exception, for a character without a token say
+        raise BadSetting(
+            f"the prompt cannot be tokenized: {type(error).__name__}: {error}",
+            "Expected: a text that the tokenizer knows.",
+            "correct the prompt.",
+        ) from error
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:

@@ -21,7 +21,7 @@ def rows_of(count):
 
 
 class Labelling:
-    """Doubles numbers. Rows may say that the worker dies with them ("dies"), once ("dies once") or raises."""
+    """Doubles numbers. Rows may say that the worker dies, dies once, raises, or leaves them out ("missing")."""
 
     def __init__(self, log, seconds=0.0):
         self.log, self.seconds = log, seconds
@@ -39,7 +39,7 @@ class Labelling:
         time.sleep(self.seconds * len(contents))
         with open(self.log, "a") as file:  # appended in one write: lines of several workers do not mix
             file.write("".join(f"{content['number']} {os.getpid()}\n" for content in contents))
-        return [content["number"] * 2 for content in contents]
+        return [content["number"] * 2 for content in contents if content.get("do") != "missing"]
 
 
 def refuse():

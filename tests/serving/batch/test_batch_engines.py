@@ -103,7 +103,9 @@ def test_the_readmes_lines_work_as_printed(by_vllm, rows):
     ran, folder = by_vllm
     assert readme_lines()[1].startswith("trimtab batch runs/facts ")
     assert ran.stdout == f"answers.jsonl: {len(rows) + 1} responses\n"
-    assert ran.stderr.startswith("warning: 3 rows hold an error")
+    drafting, warning = ran.stderr.splitlines()
+    assert drafting.startswith("Nobody drafts: ")
+    assert warning.startswith("warning: 3 rows hold an error")
     assert sorted(file.name for file in folder.iterdir()) == ["answers.jsonl", "questions.jsonl", "runs"]
     written = read_rows(folder / "answers.jsonl")
     assert texts(written[0])[0].strip()
