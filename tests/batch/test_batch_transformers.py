@@ -261,7 +261,8 @@ def test_a_row_that_the_template_or_the_tokenizer_refuses_fails_alone_and_the_ot
 
 
 def test_a_row_that_cannot_be_prepared_for_another_reason_fails_alone_too(worker, monkeypatch):
-    engine, longest = worker._engine, worker._engine.longest_prompt
+    engine, longest, write = worker._engine, worker._engine.longest_prompt, worker._engine.write
+    written = []
 
     def failing(job):
         if job.prompt == "fails":
@@ -269,8 +270,10 @@ def test_a_row_that_cannot_be_prepared_for_another_reason_fails_alone_too(worker
         return longest(job)
 
     monkeypatch.setattr(engine, "longest_prompt", failing)
+    monkeypatch.setattr(engine, "write", lambda jobs: written.append(len(jobs)) or write(jobs))
     good = complete("a", "12+7", max_tokens=4)
     before, bad, after = ask(worker, good, complete("b", "fails"), good | {"custom_id": "c"})
+    assert written == [2]
     assert (bad.kind, bad.is_input) == ("RuntimeError", False)
     assert before["choices"] == after["choices"]
 
