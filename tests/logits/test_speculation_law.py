@@ -1,35 +1,56 @@
 """Speculation leaves the output law as it is: exact algebra for one round, chi-square against enumeration for texts."""
 
+from itertools import product
+
 import pytest
 import torch
 
 import tiny
 from text_laws import VOCAB, Case, Prompts, warped
 from trimtab import FusedCausalLM
+from trimtab.core.errors import BadSetting
+from trimtab.logits.proposal import JointAmount
 from trimtab.logits.speculation.verify import accepted, draw, residual, standing
+from trimtab.logits.strategy import NO_CHOICE, make_strategy
+from trimtab.registry import AMOUNTS, CHOOSERS, find
 
 PROMPT = [2, 3, 3]
 WARPERS = {"temperature": 1.3, "top_p": 0.9, "top_k": 0}
 STEPS = 4  # the first token, a draft of two, and what follows it
-LEAST_P = 1e-3  # of about 80 tests with fixed seeds
-STRATEGIES = [
-    {"amount": "dynamic"},
-    {"amount": "grid"},
-    {"amount": "cautious"},
-    {"amount": "static", "settings": {"alpha": 1.5}},
-    {"amount": "filter"},
-    {"amount": "product"},
-    {"amount": "mixture"},
-    {"amount": "contrastive"},
-    {"amount": "dynamic", "chooser": "confident"},
-    {"amount": "dynamic", "chooser": "only", "settings": {"expert": "facts"}},
-    {"amount": "static", "chooser": "sum"},
-    {"amount": "filter", "chooser": "sum"},
-]
+LEAST_P = 1e-3  # of about 130 tests with fixed seeds
+SETTINGS = {"static": {"alpha": 1.5}, "only": {"expert": "facts"}}  # where defaults would show less
+
+
+def can_be(amount, chooser):
+    """Whether the amount takes the chooser: with experts to choose among, and all at once if the chooser wants that."""
+    kind = find(AMOUNTS, amount)
+    if not kind.uses_experts:
+        return chooser == NO_CHOICE
+    return chooser != "sum" or isinstance(kind(), JointAmount)
+
+
+def every_strategy():
+    """All pairs that the registry's names allow, so that a new method is tested from birth."""
+    for amount, chooser in product(AMOUNTS, CHOOSERS):
+        if can_be(amount, chooser):
+            settings = SETTINGS.get(amount, {}) | SETTINGS.get(chooser, {})
+            yield {"amount": amount, "chooser": chooser, "settings": settings}
+
+
+STRATEGIES = list(every_strategy())
+
+
+def test_every_method_of_the_registry_is_tested_here():
+    assert {strategy["amount"] for strategy in STRATEGIES} == set(AMOUNTS)
+    assert {strategy["chooser"] for strategy in STRATEGIES} == set(CHOOSERS)
+    tested = {(strategy["amount"], strategy["chooser"]) for strategy in STRATEGIES}
+    for amount, chooser in set(product(AMOUNTS, CHOOSERS)) - tested:  # what is left out cannot be made
+        with pytest.raises(BadSetting):
+            make_strategy(amount, chooser, ("math", "facts"), **SETTINGS.get(chooser, {}))
 
 
 def label(strategy):
-    return "-".join([strategy["amount"], strategy.get("chooser", "paper")])
+    return f"{strategy['amount']}-{strategy['chooser']}"
 
 
 # ---- one round, exactly
