@@ -46,7 +46,7 @@ LOOKS = 10  # at the memory during the soak
 # products three times more: 788.) On two cores a server with vLLM's own limit of tokens in a step had 2067 MiB at its
 # start, 2547 after 20 s of visits, 2620 after 40, 2629 after 60, 2654 after 140, 2660 after 200 and after 260: a curve
 # that ends. The processes of the API and of the scheduler did not grow.
-WARM_UP = 60.0  # seconds
+WARM_UP = 240.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,16 @@ class Settings:
     warm_up        seconds of the same traffic before: caches fill, code is compiled
     visitors       who ask at the same time
     most_requests  that the server takes at once; 0: it is not filled up
+    drafted        tokens that an expert drafts; 0: none
+    step_tokens    that a step reads at most; None: vLLM's own limit. Few fill the worker's caches soon (see WARM_UP)
     """
 
     seconds: float = 600.0
     warm_up: float = WARM_UP
     visitors: int = 16
     most_requests: int = 64
+    drafted: int = 3
+    step_tokens: int | None = None
     seed: int = 0
 
 
@@ -400,14 +404,15 @@ def answers(server: Server) -> bool:
 
 
 def command(directory: Path, settings: Settings) -> list[str]:
-    """`trimtab serve`, with caches that the warm-up fills, so that memory shows what is kept for ever.
+    """`trimtab serve`, with a key-value cache that the warm-up fills, so that memory shows what is kept for ever.
 
-    Pages of the key-value cache that were never touched take no memory: there are few. A step reads 64 tokens at most:
-    what is made for each number of rows (see WARM_UP) is made for 64 numbers, and soon.
+    Pages of the key-value cache that were never touched take no memory: there are few.
     """
     words = [served.tool("trimtab"), "serve", str(directory), "--served-model-name", MODEL]
-    words += ["--max-requests", str(settings.most_requests), "--max-num-seqs", "32", "--speculate", "0"]
-    return [*words, "--num-gpu-blocks-override", "48", "--max-num-batched-tokens", "64"]
+    words += ["--max-requests", str(settings.most_requests), "--speculate", str(settings.drafted)]
+    words += ["--draft", EXPERTS[0]] if settings.drafted else []
+    words += ["--max-num-batched-tokens", str(settings.step_tokens)] if settings.step_tokens else []
+    return [*words, "--max-num-seqs", "32", "--num-gpu-blocks-override", "48"]
 
 
 def write_fused(directory: Path) -> None:
@@ -433,7 +438,8 @@ def run(settings: Settings, name: str, progress: harness.Progress) -> dict[str, 
             found = soak(server, settings, progress)
             if not all(check["is_met"] for check in found["checks"]):
                 print(f"The end of the server's log:\n{server.last_lines()}", file=sys.stderr)
-    about = {"bench": "soak", "title": "Soak", "only": "", "date": machine.now()}
+    server_command = " ".join(["trimtab", *command(Path("DIR"), settings)[1:]])
+    about = {"bench": "soak", "title": "Soak", "only": "", "date": machine.now(), "server": server_command}
     return about | {"commit": machine.commit(), "machine": machine.describe(name)} | found
 
 
@@ -442,14 +448,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description="The server under random clients.")
     parser.add_argument("--seconds", type=_seconds, default=600.0, help="of traffic between two looks at the memory")
     parser.add_argument(
-        "--warm-up", type=_seconds, help=f"seconds of the same before (default: a tenth, {WARM_UP:g} at least)"
+        "--warm-up", type=_seconds, default=WARM_UP, help=f"seconds of the same before (default: {WARM_UP:g})"
     )
+    parser.add_argument("--drafted", type=int, default=3, help="tokens that an expert drafts (default: 3); 0: none")
     parser.add_argument("--output", type=Path, default=Path("bench/results/soak.json"), help="file of the result")
     parser.add_argument("--machine", default="", help="what to call this machine (default: its host name)")
     parser.add_argument("--seed", type=int, default=0, help="of what visitors do")
     asked = parser.parse_args(words)
-    warm_up = asked.warm_up if asked.warm_up is not None else max(WARM_UP, asked.seconds / 10)
-    settings = Settings(asked.seconds, warm_up, seed=asked.seed)
+    settings = Settings(asked.seconds, asked.warm_up, drafted=asked.drafted, seed=asked.seed)
     try:
         found = run(settings, asked.machine, lambda text: print(f"soak: {text}", file=sys.stderr, flush=True))
     except TrimtabError as error:

@@ -166,6 +166,7 @@ def soaked(is_met=True):
     check = soak.Check("memory afterwards", "1.010 of 900 MiB", "<= 1.05", is_met)
     told = vars(soak.Settings(600.0))
     about = {"bench": "soak", "only": "", "date": "2026-01-01", "commit": "abc", "machine": {"name": "mine"}}
+    about |= {"server": "trimtab serve DIR"}
     return (
         about
         | {"settings": told, "requests": 1234, "statuses": {"whole: 200": 1000}, "checks": [vars(check)]}

@@ -12,7 +12,8 @@ from bench.traffic import figures_of, jobs_of, send
 
 from bench import served
 
-SETTINGS = Settings(seconds=20, warm_up=30, visitors=8, most_requests=24)  # see soak.WARM_UP: most of it is over then
+# See soak.WARM_UP: most of it is over by then.
+SETTINGS = Settings(seconds=20, warm_up=30, visitors=8, most_requests=24, drafted=0, step_tokens=64)
 
 
 @pytest.fixture(scope="module")
