@@ -57,8 +57,8 @@ def _soak(found: Mapping[str, Any]) -> Iterator[str]:
         f"`python -m bench.soak --seconds {told['seconds']:g}`, {found['date']} UTC, commit {found['commit']}: "
         f"{told['visitors']} visitors at a time made {found['requests']:,} visits to `{found['server']}` on the zoo, "
         f"after {told['warm_up']:g} s of the same for warming up. They asked for answers whole and streamed, of any "
-        "length, with several choices, stop strings, settings of their own; left in the middle; hung up before a request was "
-        "complete; sent what is no request."
+        "length, with several choices, stop strings, settings of their own; left in the middle; hung up before a "
+        "request was complete; sent what is no request."
     )
     yield ""
     yield "| afterwards | found | expected | |"
