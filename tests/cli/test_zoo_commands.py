@@ -156,7 +156,7 @@ def answers_of(model, until: list[str], **options) -> list[str]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("until", [["\n"], ["\n\n"], [" ", "never said"], ["a", ". "], ["Ada Moss"], ["<eos>"]])
+@pytest.mark.parametrize("until", [["\n"], ["\n\n"], [" ", "never said"], ["a", ". "], ["Ada Moss"], [":"], ["<eos>"]])
 def test_answers_are_cut_as_the_harness_cuts_them(fused, until: list[str], batch_size: int) -> None:
     from lm_eval.models.huggingface import HFLM
 
