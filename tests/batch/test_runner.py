@@ -118,21 +118,6 @@ def test_a_worker_that_gives_no_list_or_nests_without_end_fails_its_rows_alone(j
     assert kinds == ["TypeError", "ValueError", "RecursionError"] + [None] * 7
 
 
-def test_an_executor_is_told_a_row_that_an_earlier_run_answered(journal):
-    told = []
-
-    def executor(rows, make_worker, answered_before):
-        told.append(answered_before)
-        yield from InProcess(1)(rows[:1], make_worker)
-        raise KeyboardInterrupt
-
-    rows = [Row("r0", {"number": 0, "do": "refuse"}), *ROWS[1:]]
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            run(rows, Doubling, journal, executor)
-    assert told == [None, None, rows[1]], "the first row was refused, which shows nothing"
-
-
 def test_ids_must_be_unique_and_the_journals(journal):
     with pytest.raises(InputError, match="two rows have the id 'r1'"):
         run([ROWS[1], ROWS[1]], Doubling, journal)
@@ -156,8 +141,7 @@ def test_a_digest_does_not_depend_on_the_order_of_keys():
 
 
 def test_an_executor_may_finish_rows_in_any_order(journal):
-    def backwards(rows, make_worker, answered_before):
-        assert answered_before is None
+    def backwards(rows, make_worker):
         worker = make_worker()
         for row in reversed(rows):
             yield [Outcome(row.id, worker([row.content])[0])]

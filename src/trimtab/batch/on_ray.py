@@ -1,8 +1,7 @@
 """Rows on Ray Data: `map_batches` over actors, each of which holds a worker. Ray starts an actor that died again and
 gives it its rows once more.
 
-Rows whose actor died each time are tried one by one at the end, so that a row that kills its worker fails alone. Where
-many are left, a row that was answered before is tried among them: if it kills the workers, too, no row is to blame.
+Rows whose actor died each time are tried one by one at the end, so that a row that kills its worker fails alone.
 On one machine Ray is started for the run, reachable from this machine only, and stopped after it.
 """
 
@@ -15,7 +14,7 @@ import re
 import socket
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import ceil
@@ -27,7 +26,7 @@ from trimtab.core.errors import InputError, TrimtabError
 
 TRIES = 2  # of a batch, and again of each of its rows alone
 RESTARTS = 100  # of one worker: one that dies while it is made would otherwise be made for ever
-MOST_DEADLY = RESTARTS // TRIES // 2  # rows that may kill a worker, and it is still restarted for those behind them
+MOST_DEADLY = RESTARTS // TRIES // 2  # rows: if more kill their workers, something else does
 CONNECTED_WITHIN = 10.0  # seconds
 MADE = "made"  # what a worker says to a table without rows
 # Read by Ray when it is imported. The second one lets its servers listen on this machine alone, on Linux too.
@@ -51,46 +50,32 @@ class OnRay:
     cpus: float | None = None
     gpus: float = 0.0
 
-    def __call__(self, rows: Sequence[Row], make_worker: MakeWorker, answered_before: Row | None = None) -> Finished:
+    def __call__(self, rows: Sequence[Row], make_worker: MakeWorker) -> Finished:
         """Outcomes by batch, as they are finished.
 
-        answered_before   a row that an earlier run answered
-        raises            TrimtabError where no worker can be made, and where workers die whatever row they are given
+        raises    TrimtabError where no worker can be made, and where more than MOST_DEADLY rows are left over
         """
         left = {row.id: row for row in rows}
-        is_made, witness = False, answered_before
+        is_made = False
         with _ray(self):
             for batch_size in (self.batch_size, 1):
                 for outcomes in self._outcomes(list(left.values()), batch_size, make_worker):
                     is_made = True
-                    finished = {outcome.id: left.pop(outcome.id) for outcome in outcomes}
-                    witness = witness or next((finished[one.id] for one in outcomes if one.error is None), None)
+                    for outcome in outcomes:
+                        del left[outcome.id]
                     if outcomes:
                         yield outcomes
                 if not left:
                     return
-            if witness is None or not is_made:
-                raise _all_die(len(left), is_made)
-            if len(left) <= MOST_DEADLY and witness is not answered_before:
-                yield _given_up(left)
-                return
-            # A worker is not restarted for ever: the last of so many may never have been given to one.
-            for some in batches(list(left.values()), MOST_DEADLY):
-                yield self._among(some, witness, make_worker, len(left))
-                for row in some:
-                    del left[row.id]
-
-    def _among(self, rows: Sequence[Row], witness: Row, make_worker: MakeWorker, num_left: int) -> list[Outcome]:
-        """Outcomes of rows that may all kill their workers, each tried alone.
-
-        witness   a row that was answered before
-        raises    TrimtabError where the witness is not answered again: then the rows are not to blame
-        """
-        found = [one for batch in self._outcomes([*rows, witness], 1, make_worker) for one in batch]
-        if all(one.id != witness.id or one.error is not None for one in found):
-            raise _all_die(num_left, is_made=True)
-        finished = {one.id: one for one in found if one.id != witness.id}
-        return [*finished.values(), *_given_up(row.id for row in rows if row.id not in finished)]
+        if not is_made or len(left) > MOST_DEADLY:
+            raise TrimtabError(
+                f"{len(left)} rows are left, and the workers die "
+                + ("whatever row they are given." if is_made else "while they are made."),
+                "Memory that is full does this.",
+                "take fewer workers or smaller batches, and run again with --resume: what was finished is kept.",
+            )
+        died = RowError("WorkerDied", "the worker died each time it was given this row, also alone.")
+        yield [Outcome(row_id, error=died) for row_id in left]
 
     def _outcomes(self, rows: list[Row], batch_size: int, make_worker: MakeWorker) -> Finished:
         import pyarrow
@@ -129,20 +114,6 @@ class OnRay:
         if self.cpus is not None:
             return self.cpus
         return 1.0 if self.address else float(max(1, cpu_count() // self.workers))
-
-
-def _all_die(num_left: int, is_made: bool) -> TrimtabError:
-    return TrimtabError(
-        f"{num_left} rows are left, and the workers die "
-        + ("whatever row they are given." if is_made else "while they are made."),
-        "Memory that is full does this.",
-        "take fewer workers or smaller batches, and run again with --resume: what was finished is kept.",
-    )
-
-
-def _given_up(row_ids: Iterable[str]) -> list[Outcome]:
-    died = RowError("WorkerDied", "the worker died each time it was given this row, also alone.")
-    return [Outcome(row_id, error=died) for row_id in row_ids]
 
 
 class _Actor:

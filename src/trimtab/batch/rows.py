@@ -84,9 +84,8 @@ class BrokenWorker(TrimtabError):
 
 MakeWorker = Callable[[], Worker]
 Finished = Generator[list[Outcome], None, None]
-# Runs all rows and yields outcomes, a batch at a time and in any order, as they are finished. The last argument is a
-# row that an earlier run answered, where there is one: workers that die of it, too, die of something else than rows.
-Execute = Callable[[Sequence[Row], MakeWorker, Row | None], Finished]
+# Runs all rows and yields outcomes, a batch at a time and in any order, as they are finished.
+Execute = Callable[[Sequence[Row], MakeWorker], Finished]
 
 
 def as_json(content: Any, sort_keys: bool = False) -> str:

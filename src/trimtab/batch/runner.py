@@ -32,7 +32,7 @@ class InProcess:
 
     batch_size: int = 16
 
-    def __call__(self, rows: Sequence[Row], make_worker: MakeWorker, answered_before: Row | None = None) -> Finished:
+    def __call__(self, rows: Sequence[Row], make_worker: MakeWorker) -> Finished:
         worker = make_worker()
         for batch in batches(rows, self.batch_size):
             yield answered(worker, batch)
@@ -72,7 +72,7 @@ def run(
     kept, num_failed = len(journal.done), 0
     advance(kept, len(rows))
     if left:
-        with closing((execute or InProcess())(left, make_worker, _answered(rows, journal))) as finished:
+        with closing((execute or InProcess())(left, make_worker)) as finished:
             for outcomes in finished:
                 journal.append(outcomes)
                 num_failed += sum(outcome.error is not None for outcome in outcomes)
@@ -80,9 +80,3 @@ def run(
     journal.sync()
     assert len(journal.done) == len(rows), "an executor left rows out"
     return Counts(len(rows), kept, len(left), num_failed)
-
-
-def _answered(rows: Sequence[Row], journal: Journal) -> Row | None:
-    """A row that was finished without an error."""
-    found = next((outcome.id for outcome in journal.outcomes(list(journal.done)) if outcome.error is None), None)
-    return next((row for row in rows if row.id == found), None)

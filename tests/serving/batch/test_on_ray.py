@@ -16,10 +16,9 @@ import labelling
 import psutil
 import pytest
 
-from trimtab.batch import on_ray
 from trimtab.batch.journal import open_journal
 from trimtab.batch.on_ray import OnRay
-from trimtab.batch.rows import Outcome, Row
+from trimtab.batch.rows import Row
 from trimtab.batch.runner import InProcess, about, run
 from trimtab.core.errors import TrimtabError
 
@@ -71,39 +70,6 @@ def test_bad_rows_fail_alone_also_those_that_kill_their_worker(ray, tmp_path, ca
     assert said.out == ""
     assert "warning: A worker died or was killed" in said.err
     assert all(count == 1 for count in computed.values())
-
-
-def test_however_many_rows_kill_their_worker_the_others_are_answered(ray, tmp_path, monkeypatch):
-    """More than a worker is restarted for, so that the row behind them is not tried at first."""
-    monkeypatch.setattr(on_ray, "RESTARTS", 4)
-    monkeypatch.setattr(on_ray, "MOST_DEADLY", 2)
-    rows = labelling.rows_of(8)
-    rows[4:7] = [Row(f"r{number}", {"number": number, "do": "dies"}) for number in (4, 5, 6)]
-    outcomes, counts, computed = labelled(tmp_path, rows, OnRay(workers=1, batch_size=4, cpus=1.0))
-    assert counts.failed == 3
-    assert [outcome.value for outcome in outcomes] == [0, 2, 4, 6, None, None, None, 14]
-    assert {outcome.error.kind for outcome in outcomes[4:7]} == {"WorkerDied"}
-    again = {number: count for number, count in computed.items() if count != 1}
-    assert len(again) == 1, "one row that was answered is tried again, to show that workers can"
-    assert set(again) <= {0, 1, 2, 3}
-
-
-def test_rows_are_given_up_only_where_some_row_was_answered_now_or_before(ray, tmp_path):
-    rows = [*labelling.rows_of(1), Row("r1", {"number": 1, "do": "dies"})]
-    (tmp_path / "log").touch()
-    make = partial(labelling.Labelling, str(tmp_path / "log"))
-    with (
-        closing(open_journal(tmp_path / "alone", about(rows[1:], {}))) as journal,
-        pytest.raises(TrimtabError, match="1 rows are left, and the workers die whatever row they are given"),
-    ):
-        run(rows[1:], make, journal, OnRay(workers=1, cpus=1.0))
-    with closing(open_journal(tmp_path / "part", about(rows, {}))) as journal:
-        journal.append([Outcome("r0", 0)])
-        counts = run(rows, make, journal, OnRay(workers=1, cpus=1.0))
-        assert (counts.kept, counts.failed) == (1, 1)
-        assert next(journal.outcomes(["r1"])).error.kind == "WorkerDied"
-    again = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
-    assert again == ["0"], "nothing was answered in this run but the row that shows that workers can"
 
 
 def test_a_worker_that_errs_has_not_died_and_its_own_words_are_told(ray, tmp_path, capsys):
