@@ -293,12 +293,13 @@ def _drafting(directory: Path, settings: Settings, lines: Sequence[Line]) -> tup
     """
     if settings.engine != VLLM or "speculative_config" in settings.options:
         return False, None
+    if saving.read_config(directory).speculate != 0:
+        rows = [line.row for line in lines if line.row is not None]
+        why_not = next((why for row in rows if (why := _against_drafts(row)) is not None), None)
+        if why_not is not None:
+            return False, f"Nobody drafts: {why_not}."
     found = translated(directory)
-    rows = [line.row for line in lines if line.row is not None]
-    why_not = next((why for row in rows if (why := _against_drafts(row)) is not None), None)
-    if found.config is None or why_not is None:
-        return found.config is not None, found.remark
-    return False, f"Nobody drafts: {why_not}."
+    return found.config is not None, found.remark
 
 
 def _against_drafts(row: Row) -> str | None:
@@ -306,6 +307,8 @@ def _against_drafts(row: Row) -> str | None:
     body = row.content["body"]
     if body.get("min_p"):
         return f"row {as_json(row.id)} asks for min_p, which vLLM refuses beside drafts"
+    if (body.get("min_tokens") or 0) > 1:
+        return f"row {as_json(row.id)} asks for min_tokens, which vLLM 0.32 keeps for too long behind a draft"
     if body.get("seed") not in (None, -1) and body.get("temperature") != 0:
         return f"row {as_json(row.id)} draws by a seed, and how long vLLM's drafts are may depend on its neighbours"
     return None

@@ -19,8 +19,8 @@ from trimtab.logits.speculation.report import SpeculationReport
 class RowWiseStop(MultiTokenEOSCriteria):  # type: ignore[misc]
     """The harness's stop text, by its own look at the last tokens, but a row ends when it comes and waits for no other.
 
-    What stands before the stop text is the same, and the harness cuts the rest. Only in batches, where the harness's
-    own keeps account of all rows by their places, would drafts be refused: each row of a draft keeps its own length.
+    The answer is what the harness has with one row at a time. Only in batches, where its own keeps account of all rows
+    by their places, would drafts be refused: each row of a draft keeps its own length.
     """
 
     is_row_wise = True

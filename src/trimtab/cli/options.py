@@ -71,8 +71,7 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speculate",
         metavar="auto|N",
-        help="tokens that a small member drafts for the others to verify: auto for as many as pay, 0 for none; where "
-        "tokens are sampled, auto is 4 or none by the members' sizes, so that --seed gives the same text again",
+        help="tokens that a small member drafts for the others to verify: auto for as many as pay, 0 for none",
     )
     group.add_argument(
         "--draft",
@@ -289,7 +288,11 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> N
     group.add_argument("--top-p", type=share, metavar="SHARE", help="sample among the likeliest tokens of this mass")
     group.add_argument("--top-k", type=positive, metavar="N", help="sample among the N likeliest tokens")
     group.add_argument(
-        "--seed", type=int, default=0, help="seed of the sampling: gives the same texts on the same machine"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the sampling: gives the same texts on the same machine. For that `--speculate auto` samples with "
+        "drafts of 4 tokens, or none, by the members' sizes",
     )
     group.add_argument(
         "--stop",

@@ -82,6 +82,8 @@ class PromptForm:
         options = {"chat_template": chat, "tokenize": False, "add_generation_prompt": True}
         try:
             text = tokenizer.apply_chat_template(messages, **options)
+        except (ImportError, MemoryError):  # no fault of the conversation
+            raise
         except Exception as error:  # a template is a program: it refuses by raising, and may fail in any way
             raise BadSetting(
                 f"the chat template refuses the conversation: {type(error).__name__}: {error}",
@@ -142,6 +144,8 @@ def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
             "Expected: a text that UTF-8 can hold.",
             "send both halves of the surrogate pair, or leave it out.",
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # the Rust side raises bare Exception, for a character without a token say
         raise BadSetting(
             f"the prompt cannot be tokenized: {type(error).__name__}: {error}",

@@ -60,6 +60,7 @@ class SteeredEngine:
         self.engine = engine
         self.strategy = strategy
         self._watched: deque[Watched] = deque(maxlen=REQUESTS_KEPT)
+        self._drafts = engine.vllm_config.speculative_config is not None
         self._generate, self._check_admission = engine.generate, engine.check_admission
         engine.generate, engine.check_admission = self.generate, self.check_admission
 
@@ -86,6 +87,7 @@ class SteeredEngine:
             asked = read_settings(getattr(sampling_params, "extra_args", None), self.strategy)
         except InputError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        self._check_beside_drafts(sampling_params)
         watched = None if asked.trace is None else Watched(request_id)
         if watched is not None:
             sampling_params = sampling_params.clone()
@@ -98,6 +100,19 @@ class SteeredEngine:
             self._watched.append(watched)
             outputs = _watch(outputs, watched, sampling_params.output_kind == RequestOutputKind.DELTA)
         return outputs
+
+    def _check_beside_drafts(self, sampling_params: Any) -> None:
+        """Raises VLLMValidationError for what vLLM 0.32 would answer wrongly, and without a word, beside drafts.
+
+        It forbids the end in the token behind a whole draft for as long as a text was too short before that draft.
+        """
+        least, most = getattr(sampling_params, "min_tokens", 0) or 0, getattr(sampling_params, "max_tokens", None)
+        if self._drafts and least > 1 and least != most:
+            raise VLLMValidationError(
+                "min_tokens is kept for too long where small members draft; leave it out, let it be max_tokens, or "
+                "start the server with --speculate 0.",
+                parameter="min_tokens",
+            )
 
     async def ask_workers(self, method: str, *args: Any) -> list[Any]:
         """What every worker answers; raises TimeoutError where that takes more than `SECONDS_FOR_ENGINE`.

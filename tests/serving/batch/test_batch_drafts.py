@@ -68,6 +68,7 @@ def test_the_directorys_drafter_drafts_it_is_said_and_texts_stay_the_fused_model
     ("row", "why"),
     [
         (complete("m", "12+7", max_tokens=4, temperature=1.0, min_p=0.1), 'row "m" asks for min_p'),
+        (complete("t", "12+7", max_tokens=4, min_tokens=2), 'row "t" asks for min_tokens'),
         (complete("s", "12+7", max_tokens=4, temperature=1.0, seed=0), 'row "s" draws by a seed'),
     ],
 )

@@ -21,6 +21,7 @@ class Dropping:
 
     renderer = SimpleNamespace(tokenizer=None)
     scheduler_config = SimpleNamespace(max_num_queued_reqs=10)
+    vllm_config = SimpleNamespace(speculative_config=None)
 
     def __init__(self, kept):
         self.kept, self.asked = kept, []

@@ -250,6 +250,10 @@ def test_with_drafts_the_law_and_the_traces_are_those_asked_for(directory, fused
         # Without a key a server on this machine answers to its own names only.
         for host, status in (("evil.example", 403), ("localhost:1", 200)):
             assert drafted.call("/v1/models", key=None, Host=host)[0] == status
+        for least, status in ((3, 400), (6, 200), (1, 200)):
+            body = {"model": "zoo", "prompt": PROMPT, "max_tokens": 6, "min_tokens": least}
+            found, text = drafted.call("/v1/completions", body, key=None)
+            assert (found, "--speculate 0" in text) == (status, status == 400)
         asked = [{**given, "trace": 1} for given in SETTINGS]
         ids = fused.tokenizer(PROMPT)["input_ids"]
 

@@ -202,8 +202,9 @@ class SpeculativeDecoder:
         rows = len(self._rows.active)
         others = [index for index in range(len(self._reader.lanes)) if index not in serial]
         costs = self._meter.lanes
-        if self._length.is_adaptive and any(costs[lane].is_blind_at(rows) for lane in others):
-            return 0  # once: whether a draft pays cannot be known before a token without one was measured
+        is_opening = self._reading.is_opening  # what it reads is not measured
+        if self._length.is_adaptive and not is_opening and any(costs[lane].is_blind_at(rows) for lane in others):
+            return 0  # whether a draft pays cannot be known before a token without one was measured
         verifying: Callable[[int], float] | None = None
         if all(costs[lane].seconds for lane in others):
             verifying = lambda tokens: math.fsum(costs[lane].of(rows * tokens) for lane in others)  # noqa: E731

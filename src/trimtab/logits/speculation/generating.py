@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,13 +102,14 @@ def speculative_sample(model: Any, plan: Plan, task: Task, report: SpeculationRe
     keeps_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
     shows_scores = bool(config.return_dict_in_generate and config.output_scores)
     rows = Rows(task.input_ids, task.stopping, task.streamer, keeps_scores, shows_scores)
-    reader = model.reader
+    reader, strategy = model.reader, model.strategy
     meter = _meter_of(model, len(reader.lanes))
     try:
         _decoder(model, plan, task, rows, meter, report).run()
     finally:
-        if model.reader is reader:  # `one_pass` may have been set by now: other lanes, other costs
-            model._meter = meter
+        # Both may have been set by now: other lanes have other costs, another law takes other drafts.
+        if model.reader is reader:
+            model._meter = meter if model.strategy is strategy else replace(meter, habits={})
         _stop_recording(cache)
     pad_id = _pad_id(config)
     sequences = rows.finish(pad_id)
