@@ -37,6 +37,7 @@ STEERED_PATHS = frozenset(
         "/invocations",
     }
 )
+RESPONSES_PATHS = frozenset({"/v1/responses", "/v1/responses/render"})
 MEBIBYTE = 2**20
 READ_WITHIN = 30.0  # seconds for a whole body: who sends a byte now and then holds no place for ever
 DRAINED = 16  # times the largest body: what is read and thrown away, so that a client hears the answer
@@ -159,13 +160,13 @@ async def _read(receive: Receive, largest: int) -> bytes | None:
 
 
 def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
-    """What in a body would be overlooked further in; None: nothing.
+    """What in a body would be overlooked further in, or be answered with 500; None: nothing.
 
     vLLM's beam search makes requests of its own, without the settings of the one that asked for it. It limits how many
     prompts a completion has, but not how many conversations a batch of chats has.
     """
     is_batch = path == BATCH_PATH
-    if not (is_batch or _may_name(body, b"vllm_xargs")):
+    if not (is_batch or path in RESPONSES_PATHS or _may_name(body, b"vllm_xargs")):
         return None
     try:
         content = json.loads(body)
@@ -176,6 +177,8 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
     conversations = content.get("messages")
     if is_batch and isinstance(conversations, list) and len(conversations) > most_prompts:
         return f"{len(conversations)} conversations, more than {most_prompts}; see VLLM_MAX_COMPLETION_PROMPTS."
+    if path in RESPONSES_PATHS and any(map(_is_empty_answer, _listed(content.get("input")))):
+        return "an assistant's message in `input` has an empty list as its content: leave the message out."
     if not content.get("vllm_xargs"):
         return None
     if path not in STEERED_PATHS:
@@ -183,6 +186,15 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
     if content.get("use_beam_search"):
         return "vllm_xargs do not reach beam search: leave one of them out."
     return None
+
+
+def _is_empty_answer(item: Any) -> bool:
+    """Whether an earlier answer has no part: vLLM takes the first one without looking whether it is there."""
+    return isinstance(item, dict) and item.get("role") == "assistant" and item.get("content") == []
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _may_name(body: bytes, name: bytes) -> bool:

@@ -107,6 +107,17 @@ def test_conversations_of_a_batch_are_counted(server) -> None:
     check_alive(server)
 
 
+def test_an_earlier_answer_without_parts_is_the_clients_fault(server) -> None:
+    answer = {"id": "a", "type": "message", "role": "assistant", "status": "completed"}
+    part = {"type": "output_text", "text": "Ada", "annotations": []}
+    for content, expected in (([], 400), ([part], 200)):
+        question = {"role": "user", "content": "Who?"}
+        asked = {"model": "zoo", "input": [question, answer | {"content": content}, question], "max_output_tokens": 2}
+        status, text = server.call("/v1/responses", asked)
+        assert (status, "leave the message out" in text) == (expected, expected == 400), text[:300]
+    check_alive(server)
+
+
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "/etc/passwd", "zoo/../zoo", "zoo\x00", "..%2f..", "", "a" * 10_000]
 )
