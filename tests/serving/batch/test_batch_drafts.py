@@ -83,7 +83,7 @@ def test_nobody_drafts_where_a_row_asks_for_what_drafts_would_break(fused_dir, t
         run_batch(fused_dir, source, tmp_path / "out.jsonl", Settings("vllm"), Place(0), tell=run_until_told)
     assert told[0].startswith(f"Nobody drafts: {why}")
     assert not (tmp_path / "out.jsonl.part").exists()
-    source = write_rows(source, [*ROWS, row | {"body": row["body"] | {"temperature": 0, "min_p": 0}}])
+    source = write_rows(source, [*ROWS, row | {"body": row["body"] | {"temperature": 0, "min_p": 0, "min_tokens": 1}}])
     with pytest.raises(KeyboardInterrupt):
         run_batch(fused_dir, source, tmp_path / "out.jsonl", Settings("vllm"), Place(0), tell=run_until_told)
     assert told[1] == "'math' drafts 3 tokens at a time."
