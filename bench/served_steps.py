@@ -35,14 +35,19 @@ def measured(model: Path, tokenizer: Path, rows: Sequence[int], repeats: int, co
     words = [served.tool("python"), "-m", "bench.served_steps", str(model), "--tokenizer", str(tokenizer)]
     words += ["--repeats", str(repeats), "--rows", *map(str, rows)]
     with served.on(cores.others):  # inherited; the engine binds its model's threads itself
-        done = subprocess.run(
-            words, env=served.environment(cores), capture_output=True, text=True, timeout=60 * MINUTES, check=False
-        )
+        try:
+            done = subprocess.run(
+                words, env=served.environment(cores), capture_output=True, text=True, timeout=60 * MINUTES, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TrimtabError(
+                f"steps of {model} were not measured within {MINUTES} minutes.", fix="measure on a quiet machine."
+            ) from error
     said = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
     if not said:
         end = "\n".join(done.stderr.splitlines()[-served.SHOWN_LINES :])
         raise TrimtabError(
-            f"steps of {model} could not be measured.", f"The end of what was said:\n{end}", "see there."
+            f"steps of {model} could not be measured.", f"The end of what was said:\n{end}", "mend what it says there."
         )
     return {int(number): records for number, records in json.loads(said[0]).items()}
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from trimtab import FusedCausalLM
-from trimtab.logits.generation import REPEATABLE_LENGTH
 from trimtab.logits.speculation.decode import SpeculativeDecoder
-from trimtab.logits.speculation.length import Costs
+from trimtab.logits.speculation.length import FIRST, Costs
 
 PROMPT = "Q: Where does Ada Moss live?\\nA:"
 READ = PROMPT.replace("\\n", "\n")
@@ -238,7 +237,7 @@ def test_sampling_repeats_with_its_seed_while_drafting(run, fused_dir, costs_tha
     drafts = [each["settings"]["speculation"] for each in ran]
     assert drafts[0] == drafts[1] == drafts[2]
     assert drafts[0]["drafted"] > drafts[0]["accepted"] > 0
-    assert max(map(int, drafts[0]["lengths"])) == REPEATABLE_LENGTH
+    assert max(map(int, drafts[0]["lengths"])) == FIRST
     assert run(*words, *asked, "--seed", "2").json()["result"] != ran[0]["result"]
 
 
@@ -247,7 +246,7 @@ def test_a_number_of_drafted_tokens_stays_as_asked_and_greedy_drafts_stay_free(r
     sampled = run(*words, "--temperature", "1", "--speculate", "2").json()["settings"]["speculation"]
     assert max(map(int, sampled["lengths"])) == 2
     greedily = run(*words).json()["settings"]["speculation"]
-    assert len(set(greedily["lengths"]) - {"0", str(REPEATABLE_LENGTH)}) > 1
+    assert len(set(greedily["lengths"]) - {"0", str(FIRST)}) > 1
 
 
 def test_sampling_without_drafts_repeats_and_says_why_there_are_none(run, fused_dir) -> None:

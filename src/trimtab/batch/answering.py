@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Any, Protocol, runtime_checkable
 
 from trimtab.batch.requests import Prompt, Request, Sampling, read_request
 from trimtab.batch.responses import Written, body_of
 from trimtab.core.errors import BadSetting, ContextTooLong, UnknownName
 from trimtab.logits.prompts import PromptForm, empty_prompt
-
-PLAIN_TEMPLATE = files("trimtab.serving") / "page" / "plain.jinja"
+from trimtab.serving.defaults import PLAIN_TEMPLATE
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Sketch:
     variance: Float[Tensor, "*interval place"]
 
 
-def sketch(left: Float[Tensor, "4 *interval"], right: Float[Tensor, "4 *interval"]) -> Sketch:
+def sketch(left: Float[Tensor, "jet=4 *interval"], right: Float[Tensor, "jet=4 *interval"]) -> Sketch:
     """Interpolate between the nodes `left` and `right`, [4, ...], of intervals."""
     at, weights = places(left.dtype, left.device)
     width = right[ALPHA] - left[ALPHA]
@@ -46,7 +46,7 @@ def sketch(left: Float[Tensor, "4 *interval"], right: Float[Tensor, "4 *interval
     )
 
 
-def doubt(left: Float[Tensor, "4 *interval"], right: Float[Tensor, "4 *interval"]) -> tuple[Tensor, Tensor]:
+def doubt(left: Float[Tensor, "jet=4 *interval"], right: Float[Tensor, "jet=4 *interval"]) -> tuple[Tensor, Tensor]:
     """How far the interpolated A and A' may be off inside intervals: an estimate, not a bound.
 
     Two rules of integration are compared with what is known: A' against the trapezoid of A'', A against the corrected
@@ -61,7 +61,7 @@ def doubt(left: Float[Tensor, "4 *interval"], right: Float[Tensor, "4 *interval"
     return width * mean_gap / 8 + value_gap / 2, mean_gap / 4 + 2 * value_gap * _reciprocal(width)
 
 
-def kink(left: Float[Tensor, "4 *interval"], right: Float[Tensor, "4 *interval"]) -> Float[Tensor, "*interval"]:
+def kink(left: Float[Tensor, "jet=4 *interval"], right: Float[Tensor, "jet=4 *interval"]) -> Float[Tensor, "*interval"]:
     """Where the end tangents of A cross, [...]: the kink itself where A is nearly two straight lines."""
     rise = right[MEAN] - left[MEAN]
     offset = left[LOG_PARTITION] - right[LOG_PARTITION] + right[MEAN] * right[ALPHA] - left[MEAN] * left[ALPHA]

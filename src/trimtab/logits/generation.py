@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,8 @@ from trimtab.logits.speculation.decode import Meter
 from trimtab.logits.speculation.plan import AUTO, Plan, refuse
 from trimtab.logits.speculation.report import SpeculationReport, last_report, note_report
 
-# The call of `generate` that is under way: whose, its plan, and whether a seed has to give its text again.
-# Other threads, and calls within a call, have their own.
-_UNDER_WAY: ContextVar[tuple[Any, Plan, bool] | None] = ContextVar("under_way", default=None)
-REPEATABLE_LENGTH = 4  # tokens of a draft where measured seconds may not decide
+# The call of `generate` that is under way: whose, and its plan. Other threads, and calls within a call, have their own.
+_UNDER_WAY: ContextVar[tuple[Any, Plan] | None] = ContextVar("under_way", default=None)
 DEFAULT_NEW_TOKENS = 20  # transformers' own, where the caller names no length
 SPECULATED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 NOT_OFFERED = ("inputs_embeds", "output_attentions", "output_hidden_states")
@@ -98,7 +97,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         ends = _listed(asked.get("eos_token_id"))
         limit = self._limit_length(inputs, kwargs, asked) if is_fresh else None
         note_report(self, SpeculationReport(reason=generating.OTHER_MODE))
-        call = _UNDER_WAY.set((self, plan, repeatable))
+        call = _UNDER_WAY.set((self, replace(plan, is_repeatable=repeatable)))
         try:
             output = super().generate(inputs, *args, **kwargs)
         except BrokenLaw as error:
@@ -165,20 +164,18 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         task = generating.Task(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs
         )
-        plan, is_repeatable = self._plan_under_way()
+        plan = self._plan_under_way()
         reason = generating.why_not(self, plan, task)
         report = SpeculationReport(reason=reason)
         note_report(self, report)
         if reason is None:
-            if is_repeatable and generation_config.do_sample and plan.speculate == AUTO:
-                plan = Plan(REPEATABLE_LENGTH, plan.draft)
             return generating.speculative_sample(self, plan, task, report)
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )
 
-    def _plan_under_way(self) -> tuple[Plan, bool]:
-        """The plan of the call, and whether a seed has to give its text again."""
+    def _plan_under_way(self) -> Plan:
+        """The plan of the call of `generate` that is under way; raises BadSetting where there is none."""
         call = _UNDER_WAY.get()
         if call is None or call[0] is not self:
             raise BadSetting(
@@ -186,7 +183,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
                 "The loop over tokens is no entrance: `generate` reads the settings and checks the prompt before it.",
                 "call generate(...) of the fused model.",
             )
-        return call[1:]
+        return call[1]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
@@ -224,7 +221,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         raises    BadSetting where a number of drafted tokens was asked for, but this mode drafts in another way or none
         """
         if mode not in SPECULATED_MODES:
-            _refuse_number(self._plan_under_way()[0])
+            _refuse_number(self._plan_under_way())
         if any(mode_kwargs.get("assistant_model") is body for body in self.bodies):
             mode_kwargs = {name: value for name, value in mode_kwargs.items() if name != "assistant_model"}
         super()._validate_generation_mode(mode, generation_config, mode_kwargs)

@@ -56,6 +56,7 @@ class Reader:
 
     runs      what is read at each step, the strong model first
     run_of    for strong, base and each expert: its place in `runs`
+    run_named {member: its place in `runs`}
     lanes     the forwards that read the runs, the strong model's first
     """
 
@@ -69,6 +70,7 @@ class Reader:
             runs.setdefault(key, member)
         self.runs = list(runs.values())
         self.run_of = [list(runs).index(key) for key in keys]
+        self.run_named = dict(zip((member.name for member in members), self.run_of, strict=True))
         self.lanes = LanePlan(self.runs, one_pass).lanes()
         self.streams = Streams(self.lanes, is_on=False)
 
@@ -79,8 +81,7 @@ class Reader:
 
     def lanes_of(self, names: Iterable[str]) -> list[int]:
         """The lanes that read these members, in order."""
-        run_of = dict(zip((member.name for member in self._members), self.run_of, strict=True))
-        runs = {run_of[name] for name in names}
+        runs = {self.run_named[name] for name in names}
         return [index for index, lane in enumerate(self.lanes) if runs & set(lane.runs)]
 
     @property

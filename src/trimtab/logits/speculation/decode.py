@@ -90,7 +90,6 @@ class Target:
 class SpeculativeDecoder:
     """Generates for one batch, from its prompt on.
 
-    run_of      {member: place of its run among the reader's}
     rule        who drafts, see `draft`
     do_sample   draw from the fused law, or take its likeliest token
     """
@@ -100,7 +99,6 @@ class SpeculativeDecoder:
         reading: RaggedReading,
         strategy: Strategy,
         expert_names: Sequence[str],
-        run_of: Mapping[str, int],
         rows: Rows,
         scorer: Scorer,
         fixed_length: int | None,
@@ -111,7 +109,7 @@ class SpeculativeDecoder:
         vocab_size: int,
     ) -> None:
         self._reading, self._reader = reading, reading.reader
-        self._strategy, self._names, self._run_of = strategy, tuple(expert_names), run_of
+        self._strategy, self._names, self._run_of = strategy, tuple(expert_names), self._reader.run_named
         self._rows, self._scorer, self._meter = rows, scorer, meter
         self._do_sample, self._vocab = do_sample, vocab_size
         self._rule = drafting.settled(rule, strategy, self._names, self._reader.is_one_forward)

@@ -12,7 +12,7 @@ from trimtab.logits.cache import FusedCache
 from trimtab.logits.members import Member, Members
 from trimtab.logits.reading import Reader
 from trimtab.logits.speculation.draft import CHEAPEST, check_rule, drafter_for, settled
-from trimtab.logits.speculation.length import LONGEST
+from trimtab.logits.speculation.length import FIRST, LONGEST
 from trimtab.logits.speculation.processors import stateful_among
 from trimtab.logits.speculation.ragged import immovable
 from trimtab.logits.speculation.rows import batch_wise_among
@@ -27,10 +27,12 @@ class Plan:
 
     speculate   "auto": drafts of the length that pays, none where nothing pays; 0: never; N: always N tokens
     draft       who drafts: "auto", "lately", "mixture", "fused", "prompt", "base" or an expert's name
+    is_repeatable   whether one seed has to give one sampled text, so that no measured time may decide what is drawn
     """
 
     speculate: str | int = AUTO
     draft: str = CHEAPEST
+    is_repeatable: bool = False
 
     def check(self, expert_names: Sequence[str]) -> "Plan":
         """This plan; raises BadSetting or UnknownName for values that mean nothing."""
@@ -49,6 +51,10 @@ class Plan:
         """Tokens per draft; None where the length adapts."""
         return None if isinstance(self.speculate, str) else self.speculate
 
+    def length_of_drafts(self, do_sample: bool) -> int | None:
+        """Tokens per draft in one generation; None where measured costs choose."""
+        return FIRST if self.fixed_length is None and self.is_repeatable and do_sample else self.fixed_length
+
 
 def small_strong(members: Members, reader: Reader, strategy: Strategy, rule: str) -> str | None:
     """Why drafts cannot pay, judged by what a token costs the strong model and who drafts; None when they may."""
@@ -59,9 +65,10 @@ def _drafter_bytes(members: Members, reader: Reader, strategy: Strategy, rule: s
     """Of the cheapest drafter that the rule may choose, with all that is read in the same forwards."""
     names = tuple(members.experts)
     rule = settled(rule, strategy, names, reader.is_one_forward)
-    drafters = [drafter_for(rule, names, strategy, weights) for weights in torch.eye(max(1, len(names)))]
-    read = [[reader.lanes[lane] for lane in reader.lanes_of(drafter.members)] for drafter in drafters]
-    return min(step_bytes([member for lane in lanes for member in lane.members]) for lanes in read)
+    each_weighs_most = torch.eye(max(1, len(names)))
+    drafters = {drafter_for(rule, names, strategy, weights).members for weights in each_weighs_most}
+    read = {tuple(reader.lanes_of(drafter)) for drafter in drafters}
+    return min(step_bytes([member for lane in lanes for member in reader.lanes[lane].members]) for lanes in read)
 
 
 def too_small(cost: int, drafting: int) -> str | None:

@@ -102,9 +102,7 @@ class Rows:
         return most
 
     def _is_foreseen_end(self, text: list[int]) -> bool:
-        if text[-1] in self.ends or not self._foreseeable:
-            return text[-1] in self.ends
-        return self._is_ended_by(self._foreseeable, text, None)
+        return text[-1] in self.ends or self._is_ended_by(self._foreseeable, text, None)
 
     def emit(self, tokens: Sequence[Sequence[int]], laws: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[int]:
         """Appends each active row's new tokens up to where it ends.
@@ -138,9 +136,11 @@ class Rows:
     def _is_done(self, text: list[int], place: int) -> bool:
         if text[-1] in self.ends or (self._max_length is not None and len(text) >= self._max_length):
             return True
-        return bool(self._others) and self._is_ended_by(self._others, text, self._shown(place))
+        return self._is_ended_by(self._others, text, self._shown(place))
 
     def _is_ended_by(self, stopping: Sequence[Any], text: list[int], scores: tuple[Tensor, ...] | None) -> bool:
+        if not stopping:
+            return False
         ids = torch.tensor([text], device=self.device)
         return any(bool(torch.as_tensor(criteria(ids, scores)).any()) for criteria in stopping)
 
