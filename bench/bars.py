@@ -54,7 +54,8 @@ class Bar:
 PROMISED_RATIO = 20
 
 
-def _is_promised(case: Case) -> bool:
+def is_promised(case: Case) -> bool:
+    """Whether speed was promised at this point."""
     told = case.settings
     return told.get("batch") == 1 and told.get("ratio", 0) >= PROMISED_RATIO and told.get("prompt") == decode.AS_IT_IS
 
@@ -86,21 +87,21 @@ BARS = (
         "decode",
         2.0,
         True,
-        _where(_is_promised, decode.SPECULATED, decode.STRONG),
+        _where(is_promised, decode.SPECULATED, decode.STRONG),
     ),
     Bar(
         "Speculated fused tokens/s, over the strong model with assisted generation",
         "decode",
         1.0,
         True,
-        _where(_is_promised, decode.SPECULATED, decode.ASSISTED),
+        _where(is_promised, decode.SPECULATED, decode.ASSISTED),
     ),
     Bar(
         "Speculated fused tokens/s, over the paper's grid as published",
         "decode",
         3.0,
         True,
-        _where(_is_promised, decode.SPECULATED, decode.GRID),
+        _where(is_promised, decode.SPECULATED, decode.GRID),
     ),
     Bar(
         "Unspeculated fused step, over the sum of its members' own steps",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import harness
+from bench import harness, shares
 from bench.bars import BARS, MET, MISSED, Bar
 from bench.decode import CENTRE
 from bench.harness import Case, figures, listed, ratios, spread
@@ -41,7 +41,8 @@ def with_promises(readme: Path, folder: Path) -> str:
     """
     lines: list[str] = []
     for name, files in by_machine(folder).items():
-        lines += [f"{name}:", "", *bar_rows({bench: harness.read_json(file) for bench, file in files.items()})]
+        documents = {bench: harness.read_json(file) for bench, file in files.items()}
+        lines += [f"{name}:", "", *bar_rows(documents), *shares.costs(documents)]
     return renewed(readme, lines, START, END, "the measured speed")
 
 
@@ -104,6 +105,7 @@ def _machine(name: str, files: Mapping[str, Path], page: Path) -> Iterator[str]:
     yield f"{about['threads']} threads; Python {about['python']}, {versions}."
     yield ""
     yield from bar_rows(documents)
+    yield from shares.costs(documents)
     for bench, document in documents.items():
         yield from bench_rows(document, files[bench].with_suffix(".png"), page)
 
@@ -159,7 +161,9 @@ def bench_rows(document: Document, picture: Path, page: Path) -> Iterator[str]:
     for note in document["notes"]:
         yield f"- {note}"
     yield ""
-    for case in harness.cases_of(document):
+    cases = harness.cases_of(document)
+    yield from shares.seconds_rows(cases)
+    for case in cases:
         yield from _case(case)
 
 

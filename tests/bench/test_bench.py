@@ -12,7 +12,7 @@ from bench.harness import Case, Findings, Options
 from bench.members import Spec, Stock
 from bench.memory import FUSED, Load
 
-from bench import bars, decode, harness, memory, report
+from bench import bars, decode, harness, memory, report, shares
 from trimtab.core.errors import TrimtabError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -270,3 +270,27 @@ def test_wrong_words_and_missing_results_end_with_code_2(tmp_path, capsys):
             main(words)
         assert caught.value.code == 2
     assert "is no count" in capsys.readouterr().err
+
+
+def test_shares_of_the_seconds_add_up_over_repeats():
+    case = rates(strong_alone=[1.0, 1.0], ours_speculated=[1.0, 1.0])
+    alone = {"seconds": 4.0, "strong_seconds": 4.0, "small_seconds": 0.0, "other_seconds": 0.0, "strong_calls": 40.0}
+    drafted = {"seconds": 2.0, "strong_seconds": 1.0, "small_seconds": 0.5, "other_seconds": 0.5, "strong_calls": 10.0}
+    slow = drafted | {"seconds": 6.0, "strong_seconds": 5.0}
+    case.runs = {
+        decode.STRONG: [alone | {"tokens": 40.0}],
+        decode.SPECULATED: [d | {"tokens": 40.0} for d in (drafted, slow)],
+    }
+    case.settings["batch"] = 2
+    *_, row, end = shares.seconds_rows([case])
+    assert (row, end) == (f"| {decode.CENTRE} | 0.75 | 0.12 | 0.12 | 2.0 | 100 | 300 |", "")
+    assert list(shares.seconds_rows([rates(strong_alone=[1.0])])) == []
+
+
+def test_costs_are_told_of_the_promised_places_alone():
+    cases = [rates(strong_alone=[1.0]) for _ in range(3)]
+    for case, ratio, batch in zip(cases, (14.6, 23.2, 90.0), (1, 1, 4), strict=True):
+        case.facts, case.settings["batch"] = {shares.RATIO: ratio}, batch
+    documents = {"decode": {"cases": [vars(case) for case in cases]}}
+    assert "it was 15 to 23 times" in " ".join(shares.costs(documents))
+    assert list(shares.costs({})) == []

@@ -263,6 +263,12 @@ def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(TrimtabError, match=r"cannot be written to .*file/trimtab/drafters"):
         drafter_directory(folder / "fused", "math")
+    with pytest.raises(TrimtabError, match="cannot be written to"):
+        translated(folder / "fused", 3, "math")
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 1000)
+    automatic = translated(folder / "fused", "auto", "math")  # nobody asked for drafts: none, and it says why
+    assert automatic.config is None
+    assert automatic.remark.startswith("Nobody drafts: the drafter's description cannot be written to")
 
 
 def test_settings_of_speculation_are_translated(folder):

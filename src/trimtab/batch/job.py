@@ -19,6 +19,7 @@ from trimtab.batch.rows import Execute, Outcome, Row, RowError, Worker, as_json
 from trimtab.batch.runner import InProcess, about, run
 from trimtab.core.errors import BadSetting, InputError, UnreadableModel, unknown_name
 from trimtab.logits import references, saving, vocabulary
+from trimtab.logits.config import FusedConfig
 from trimtab.serving.drafting import translated
 from trimtab.serving.plan import make_plan
 
@@ -209,7 +210,7 @@ class _Batch:
         refused = _asked_models(lines) - set(names)
         if refused:  # the directory as given is a name, too, and another one from another working directory
             key["unknown models"] = sorted(refused)
-        drafts, remark = _drafting(directory, settings, lines)
+        drafts, remark = _drafting(directory, config, settings, lines)
         return cls(directory.resolve(), lines, settings, names, key, drafts, remark)
 
     @property
@@ -286,14 +287,16 @@ def _asked_models(lines: Sequence[Line]) -> set[str]:
     return {body["model"] for body in bodies if body.get("model") is not None}
 
 
-def _drafting(directory: Path, settings: Settings, lines: Sequence[Line]) -> tuple[bool, str | None]:
+def _drafting(
+    directory: Path, config: FusedConfig, settings: Settings, lines: Sequence[Line]
+) -> tuple[bool, str | None]:
     """Whether vLLM speculates as the directory says, and a sentence on it; no sentence where it is not asked.
 
     One engine answers all rows, with drafts or without: it goes without where a row asks for what drafts would break.
     """
     if settings.engine != VLLM or "speculative_config" in settings.options:
         return False, None
-    if saving.read_config(directory).speculate != 0:
+    if config.speculate != 0:
         rows = [line.row for line in lines if line.row is not None]
         why_not = next((why for row in rows if (why := _against_drafts(row)) is not None), None)
         if why_not is not None:

@@ -31,6 +31,10 @@ from trimtab.serving.plan import DRAFTER, ServingPlan, make_plan
 DRAFTER_ARCHITECTURE = "FusedDrafter"
 
 
+class UnwritableCache(TrimtabError):
+    """A drafter cannot be described, since the cache cannot be written."""
+
+
 @dataclass(frozen=True)
 class Speculation:
     """How vLLM speculates on a fused directory.
@@ -78,8 +82,8 @@ def translated(
     raises      as `speculative_config`
 
     vLLM keeps one length and one drafter for as long as it runs. So "auto" stands for drafts of one length where the
-    members' sizes say that they pay, and none where not; as drafters "auto" and "lately" stand for the first expert,
-    full ones before adapters.
+    members' sizes say that they pay, and none where not or where the cache cannot hold a drafter; as drafters "auto"
+    and "lately" stand for the first expert, full ones before adapters.
     """
     place = Path(os.fspath(directory))
     config = saving.read_config(place)
@@ -97,7 +101,13 @@ def translated(
     who = "The text's own n-grams draft" if rule == PROMPT else f"'{rule}' drafts"
     is_ours = chosen.draft in (CHEAPEST, LATELY)
     instead = f", in the place of '{chosen.draft}': vLLM keeps one drafter" if is_ours else ""
-    return Speculation(speculative_config(place, rule, tokens), f"{who} {tokens} tokens at a time{instead}.")
+    try:
+        told = speculative_config(place, rule, tokens)
+    except UnwritableCache as error:
+        if chosen.speculate != AUTO:
+            raise
+        return Speculation(None, f"Nobody drafts: {error.found}")
+    return Speculation(told, f"{who} {tokens} tokens at a time{instead}.")
 
 
 def _settled(rule: str, place: Path, config: FusedConfig) -> str:
@@ -133,7 +143,7 @@ def drafter_directory(directory: Path, rule: str) -> Path:
 
     directory   a fused directory
     rule        a member's name, "mixture" or "fused"
-    raises      TrimtabError when the cache cannot be written; what `make_plan` raises
+    raises      UnwritableCache; what `make_plan` raises
     """
     config = saving.read_config(directory)
     plan = _drafting_plan(directory, config, rule)  # refuses what could not be opened, before the engine starts
@@ -152,7 +162,7 @@ def drafter_directory(directory: Path, rule: str) -> Path:
         with written_beside(target, replaced=()) as beside:
             (beside / "config.json").write_text(content, encoding="utf-8")
     except OSError as error:
-        raise TrimtabError(
+        raise UnwritableCache(
             f"the drafter's description cannot be written to '{target}': {error.strerror}.",
             "vLLM opens a drafter from a directory; it holds a few kilobytes.",
             "point XDG_CACHE_HOME to a directory that can be written.",

@@ -1,0 +1,60 @@
+"""Where the seconds of speculated decoding go, point by point, and what the members' steps cost beside each other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from bench import bars, decode
+from bench.harness import Case, Record, cases_of
+
+HEADS = ("strong", "small", "other", "tokens a strong reading", "ms a reading alone", "ms a reading with drafts")
+RATIO = "measured_ratio"  # the fact of a case: what a step of the strong model cost, in steps of a small one
+
+
+def seconds_rows(cases: Sequence[Case]) -> Iterator[str]:
+    """A table of shares: one row per case in which the strong model decodes alone, and fused with drafts."""
+    both = [case for case in cases if {decode.STRONG, decode.SPECULATED} <= set(case.runs) and _is_timed(case)]
+    if not both:
+        return
+    yield (
+        f"Where the seconds of '{decode.SPECULATED}' go, all repeats together: shares of the strong model, of the "
+        "small ones and of what is neither; and how long the strong model reads at a time."
+    )
+    yield ""
+    yield f"| | {' | '.join(HEADS)} |"
+    yield f"|---|{'---:|' * len(HEADS)}"
+    for case in both:
+        yield f"| {case.name} | {' | '.join(_cells(case))} |"
+    yield ""
+
+
+def _is_timed(case: Case) -> bool:
+    return all("strong_calls" in record for arm in (decode.STRONG, decode.SPECULATED) for record in case.runs[arm])
+
+
+def _cells(case: Case) -> Iterator[str]:
+    alone, drafted = case.runs[decode.STRONG], case.runs[decode.SPECULATED]
+    for who in ("strong", "small", "other"):
+        yield f"{_sum(drafted, f'{who}_seconds') / _sum(drafted, 'seconds'):.2f}"
+    yield f"{_sum(drafted, 'tokens') / case.settings['batch'] / _sum(drafted, 'strong_calls'):.1f}"
+    for records in (alone, drafted):
+        yield f"{1e3 * _sum(records, 'strong_seconds') / _sum(records, 'strong_calls'):.0f}"
+
+
+def _sum(records: Sequence[Record], figure: str) -> float:
+    return sum(record[figure] for record in records)
+
+
+def costs(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A sentence on the members' costs wherever speed was promised; nothing where decoding was not measured.
+
+    documents   bench -> what it found
+    """
+    cases = cases_of(documents["decode"]) if "decode" in documents else []
+    found = [case.facts[RATIO] for case in cases if bars.is_promised(case) and RATIO in case.facts]
+    if found:
+        yield (
+            f"Speed was promised where a step of the strong model costs {bars.PROMISED_RATIO} times a small one's or "
+            f"more. Members were made for {bars.PROMISED_RATIO} times; at their measurement it was {min(found):.0f} to "
+            f"{max(found):.0f} times."
+        )
+        yield ""
