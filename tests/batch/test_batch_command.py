@@ -1,5 +1,6 @@
 """`trimtab batch` without Ray: files, resuming after kill -9 at random moments, refusals; and the Python call."""
 
+import errno
 import json
 import os
 import random
@@ -266,3 +267,34 @@ def test_where_ray_or_vllm_is_missing_the_message_says_what_to_install(fused_dir
         assert ran.returncode == 2
         assert says in ran.stderr
         assert not (tmp_path / "out.jsonl.part").exists()
+
+
+def test_an_empty_output_is_nothing_to_go_on_with(fused_dir, tmp_path, capsys):
+    source, target = write_rows(tmp_path / "in.jsonl", rows_of(1)), tmp_path / "out.jsonl"
+    target.touch()
+    assert batch(fused_dir, source, target, "--resume") == 2
+    assert "is not the output of this input, model and settings" in capsys.readouterr().err
+    assert target.read_bytes() == b""
+
+
+def test_an_output_in_no_directory_is_an_error_of_the_input(fused_dir, tmp_path, capsys):
+    source = write_rows(tmp_path / "in.jsonl", rows_of(1))
+    assert batch(fused_dir, source, source / "out.jsonl") == 2
+    assert f"the directory {source} cannot be made: File exists" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_end_loses_no_row(fused_dir, tmp_path, capsys, monkeypatch):
+    source, target = write_rows(tmp_path / "in.jsonl", rows_of(2)), tmp_path / "out.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", full)
+        assert batch(fused_dir, source, target) == 1
+    said = capsys.readouterr().err
+    assert f"{target} cannot be written: No space left on device" in said
+    assert f"All rows are finished, and kept in {target}.part" in said
+    assert not target.exists()
+    summary = run_batch(fused_dir, source, target, TRANSFORMERS, HERE, mode="resume")
+    assert (summary.kept, summary.computed) == (2, 0)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -92,11 +92,23 @@ def test_another_run_is_not_gone_on_with(path, changed):
     assert path.read_bytes() == before
 
 
-def test_a_file_that_is_no_journal_is_left_alone(path):
-    path.write_text('{"some": "json"}\n')
+@pytest.mark.parametrize("text", ['{"some": "json"}\n', '{"some": "json"}', "half of a download", "{", "\n"])
+def test_a_file_that_is_no_journal_is_left_alone(path, text):
+    path.write_text(text)
+    if journals.START.startswith(text.encode()):  # as much of a journal as a crash may have left
+        assert not open_journal(path, ABOUT, "resume").done
+        return
     with pytest.raises(InputError, match="is no journal of this version"):
         open_journal(path, ABOUT, "resume")
-    assert path.read_text() == '{"some": "json"}\n'
+    assert path.read_text() == text
+
+
+def test_settings_that_json_writes_in_another_way_are_the_same_settings(path):
+    about = ABOUT | {"options": {"sizes": (1, 2), 3: None}}
+    open_journal(path, about).close()
+    open_journal(path, about, "resume").close()
+    with pytest.raises(InputError, match="belongs to another run: options was"):
+        open_journal(path, about | {"options": {"sizes": (1, 3), 3: None}}, "resume")
 
 
 @pytest.mark.parametrize("mode", ["resume", "force"])

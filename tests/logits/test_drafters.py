@@ -33,8 +33,11 @@ def test_a_rule_means_the_base_where_the_amount_uses_no_expert(rule, with_expert
         _, plain = new_tokens(model, PROMPTS[0], speculate=0)
         _, drafted = new_tokens(model, PROMPTS[0], speculate=3, speculate_draft=rule)
         assert torch.equal(plain, drafted)
-        if rule != "prompt" and name != "facts":  # which has no most weight in this model
-            assert set(model.last_speculation.drafters) == {name}
+        if rule != "prompt":
+            members = {"math", "facts"} if name == "facts" else {name}  # lately: the one that weighs most, in turn
+            found = set(model.last_speculation.drafters)
+            assert found
+            assert found <= members
 
 
 @pytest.mark.parametrize("rule", ["fused", "mixture"])

@@ -113,6 +113,11 @@ def test_settings_of_requests_are_refused_where_nobody_reads_them() -> None:
         assert status_of(path, XARGS) == 200, path
         assert status_of(f"/below{path}", XARGS, root="/below") == 200, path
         assert status_of(path, XARGS | {"use_beam_search": True}) == 400, path
+    path = min(STEERED_PATHS)
+    for on in (1, "true", "yes", "On"):
+        assert status_of(path, XARGS | {"use_beam_search": on}) == 400, on
+    for off in (None, 0, "false", "No", "off", "0"):
+        assert status_of(path, XARGS | {"use_beam_search": off}) == 200, off
 
 
 ESCAPED = json.dumps(XARGS).replace("s", r"\u0073").encode()

@@ -297,6 +297,32 @@ def test_automatic_drafts_are_made_where_sizes_say_that_they_pay(folder, monkeyp
     assert translated(folder / "fused", "auto", "prompt").config["method"] == "ngram"
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma"])
+def test_automatic_drafts_go_without_where_windows_differ(folder, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 1000)
+    shutil.copytree(folder, tmp_path / "all")
+    file = tmp_path / "all" / "strong" / "config.json"
+    told = json.loads(file.read_text())
+    if kind == "mistral":
+        told |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8}
+    else:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        told |= {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "sliding_window": 8,
+            "layer_types": kinds,
+        }
+    monkeypatch.setattr("trimtab.logits.references.check_digest", lambda *_: None)  # of weights that stay as they were
+    assert translated(tmp_path / "all" / "fused", "auto", "math").config is not None
+    file.write_text(json.dumps(told))
+    found = translated(tmp_path / "all" / "fused", "auto", "math")
+    assert found.config is None
+    assert found.remark.startswith("Nobody drafts: some members' attention has a sliding window")
+    assert translated(tmp_path / "all" / "fused", "auto", "prompt").config is not None
+    assert translated(tmp_path / "all" / "fused", 3, "math").config["num_speculative_tokens"] == 3
+
+
 def test_the_entry_point_names_what_is_there(folder):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, name = project["entry-points"]["vllm.general_plugins"]["trimtab"].split(":")

@@ -17,10 +17,10 @@ from trimtab.batch.on_ray import OnRay, check_installed
 from trimtab.batch.requests import TRANSFORMERS_LACKS
 from trimtab.batch.rows import Execute, Outcome, Row, RowError, Worker, as_json
 from trimtab.batch.runner import InProcess, about, run
-from trimtab.core.errors import BadSetting, InputError, UnreadableModel, unknown_name
+from trimtab.core.errors import BadSetting, InputError, TrimtabError, UnreadableModel, unknown_name
 from trimtab.logits import references, saving, vocabulary
 from trimtab.logits.config import FusedConfig
-from trimtab.serving.drafting import translated
+from trimtab.serving.drafting import is_least_kept_too_long, translated
 from trimtab.serving.plan import make_plan
 
 AUTO, VLLM, TRANSFORMERS = "auto", "vllm", "transformers"
@@ -143,7 +143,7 @@ def run_batch(
     execute = (place or Place()).executor(batch.settings)
     if mode == "new" and target.exists() and not journal_path.exists():
         raise InputError(f"{target} exists.", "Nothing is overwritten unasked.", "pass --force, or another path.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(target.parent)
     with closing(open_journal(journal_path, batch.about, mode)) as journal:
         try:
             if batch.drafting is not None:
@@ -231,23 +231,24 @@ class _Batch:
     def write(self, target: Path, journal: Journal) -> int:
         """The output, in the order of the input; returns how many rows hold an error."""
         failed = 0
-        with written_whole(target) as file:
-            for line, outcome in self._finished(journal):
-                file.write(encode_line(self._record(line, outcome)))
-                failed += outcome.error is not None
+        try:
+            with written_whole(target) as file:
+                for line, outcome in self._finished(journal):
+                    file.write(encode_line(self._record(line, outcome)))
+                    failed += outcome.error is not None
+        except OSError as error:
+            raise TrimtabError(
+                f"{target} cannot be written: {error.strerror}.",
+                f"All rows are finished, and kept in {journal.path}.",
+                "mend that, then run again with --resume: nothing is computed again.",
+            ) from error
         return failed
 
     def check_finished(self, target: Path) -> int:
         """How many rows of a finished output hold an error; raises InputError where it is another batch's output."""
-        failed = 0
-        wanted = [self._record_id(line) for line in self.lines]
-        for number, record in enumerate(read_records(target)):
-            if number >= len(wanted) or record.get("id") != wanted[number]:
-                break
-            failed += record.get("error") is not None
-        else:
-            if wanted and number + 1 == len(wanted):
-                return failed
+        is_failed = [(record.get("id"), record.get("error") is not None) for record in read_records(target)]
+        if [row_id for row_id, _ in is_failed] == [self._record_id(line) for line in self.lines]:
+            return sum(failed for _, failed in is_failed)
         raise InputError(
             f"{target} exists, and is not the output of this input, model and settings.",
             "There is nothing to go on with.",
@@ -275,6 +276,15 @@ class _Batch:
         what = f"line {line.number}" if line.row is None else line.row.digest
         text = as_json([dict(self.key), line.custom_id, what], sort_keys=True)
         return f"trimtab-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the directory {directory} cannot be made: {error.strerror}.", "The output goes there.", "choose another."
+        ) from error
 
 
 def _journal_of(target: Path) -> Path:
@@ -310,7 +320,7 @@ def _against_drafts(row: Row) -> str | None:
     body = row.content["body"]
     if body.get("min_p"):
         return f"row {as_json(row.id)} asks for min_p, which vLLM refuses beside drafts"
-    if (body.get("min_tokens") or 0) > 1:
+    if is_least_kept_too_long(body.get("min_tokens"), body.get("max_completion_tokens") or body.get("max_tokens")):
         return f"row {as_json(row.id)} asks for min_tokens, which vLLM 0.32 keeps for too long behind a draft"
     if body.get("seed") not in (None, -1) and body.get("temperature") != 0:
         return f"row {as_json(row.id)} draws by a seed, and how long vLLM's drafts are may depend on its neighbours"

@@ -18,6 +18,7 @@ from trimtab.batch.rows import Outcome, as_json
 from trimtab.core.errors import InputError, TrimtabError
 
 FORMAT = 1
+START = b'{"trimtab_batch":'  # of every journal
 SYNC_SECONDS = 1.0  # what a power cut may take; a killed process loses nothing that was written
 
 Mode = Literal["new", "resume", "force"]
@@ -106,7 +107,8 @@ class Journal:
         """Reads what is there; raises InputError where it is another run's."""
         with self.path.open("rb") as lines:
             first = lines.readline()
-            if not first.endswith(b"\n"):  # killed before the first line was whole: nothing was finished
+            begun = START[: len(first)]
+            if not first.endswith(b"\n") and first.startswith(begun):  # killed before the first line was whole
                 self.dropped = int(bool(first))
                 self._start(header)
                 return
@@ -136,7 +138,7 @@ def open_journal(path: Path, about: Mapping[str, Any], mode: Mode = "new") -> Jo
     mode      "new": there must be none yet; "resume": goes on with what is there, or starts one; "force": starts anew
     raises    InputError where there is one already, it is another run's, or another process writes it
     """
-    header = {"trimtab_batch": FORMAT, **about}
+    header = json.loads(as_json({"trimtab_batch": FORMAT, **about}))  # as it will be read: lists for tuples
     file = _open_locked(path, mode)
     journal = Journal(path, _file=file)
     try:

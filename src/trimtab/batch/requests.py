@@ -80,6 +80,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "frequency_penalty": (float, -2, 2),
     "seed": (int, -INT64, INT64 - 1),
 }
+COLDEST = 1e-6  # temperatures that are not 0: logits divided by less than that may be beyond float32
 LENGTHS = ("max_tokens", "max_completion_tokens")
 OPEN = ("top_p", "repetition_penalty")
 OWN = {
@@ -183,6 +184,8 @@ def _number(name: str, value: Any) -> Any:
         noun = "a whole number" if kind is int else "a number"
         bounds = f"{'above' if name in OPEN else 'of at least'} {low:g}" + (f", at most {high:g}" if high < inf else "")
         raise BadSetting(f"{name} is {_shown(value)}.", f"Expected: {noun} {bounds}.", "correct it, or leave it out.")
+    if name == "temperature" and 0 < value < COLDEST:
+        raise BadSetting(f"temperature is {value}.", f"Expected: 0, or at least {COLDEST:g}.", "0 is greedy.")
     return kind(value)
 
 

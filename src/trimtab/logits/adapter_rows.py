@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trimtab.logits.linears import Guard, StandIn, changed, linear, quick_linears, standing_in
+from trimtab.logits.linears import Listeners, StandIn, changed, linear, quick_linears, standing_in
 from trimtab.logits.lora import AdapterSwitch, switch_on
 from trimtab.logits.turns import turn_of
 from trimtab.logits.views import BUILDING, Watch, stack_
@@ -35,7 +35,7 @@ class AdapterRows:
             self._build_alone()
 
     def _build_alone(self) -> None:
-        self._guard, switch = Guard([self._model]), switch_on(self._model)
+        self._listeners, switch = Listeners([self._model]), switch_on(self._model)
         layers = switch.layers if switch is not None else []
         adapted = {layer: AdaptedLinear(layer, self._adapters) for layer in layers}
         bases = {layer.base_layer for layer in layers}  # an adapted layer sees to its base itself
@@ -47,7 +47,7 @@ class AdapterRows:
         with turn_of(self._model):
             if not self._watch.is_current:
                 self._rebuild()
-            self._guard.check()
+            self._listeners.check()
             with standing_in(self._forwards):
                 return self._model(**inputs).logits  # type: ignore[no-any-return]
 

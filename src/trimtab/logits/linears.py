@@ -89,7 +89,7 @@ def is_free(module: nn.Module) -> bool:
     return isinstance(vars(module).get("forward"), StandIn | None)  # another thread may be reading just now
 
 
-class Guard:
+class Listeners:
     """Notices who listens to some models, or computes in their place: hooks, and forwards put into single modules."""
 
     def __init__(self, models: Iterable[nn.Module]) -> None:

@@ -16,7 +16,7 @@ from trimtab.core.errors import BadSetting
 from trimtab.logits import adapter_rows, stacking
 from trimtab.logits.adapter_rows import AdapterRows
 from trimtab.logits.lanes import Feed, Lane, OneModel
-from trimtab.logits.linears import Guard
+from trimtab.logits.linears import Listeners
 from trimtab.logits.lora import switch_on
 from trimtab.logits.members import Member
 from trimtab.logits.stacking import Stack
@@ -137,7 +137,7 @@ def _why_not_any(models: Sequence[Any]) -> str:
     model = models[0]
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model is spread over several devices"
-    if found := Guard(models).finding:
+    if found := Listeners(models).finding:
         return f"it has {found}"
     if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
         return "the model remembers in another way than by attention"

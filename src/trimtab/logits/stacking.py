@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trimtab.logits.linears import Guard, StandIn, changed, linear, standing_in
+from trimtab.logits.linears import Listeners, StandIn, changed, linear, standing_in
 from trimtab.logits.turns import turn_of
 from trimtab.logits.views import BUILDING, Watch, stack_
 
@@ -42,7 +42,7 @@ class Stack:
             self._build_alone()
 
     def _build_alone(self) -> None:
-        self._guard = Guard(self._models)
+        self._listeners = Listeners(self._models)
         frame, parameters = self._models[0], [dict(model.named_parameters()) for model in self._models]
         # A matrix that is tied to another is one parameter and is stacked once.
         self._stacks = {name: stack_([own[name] for own in parameters]) for name in parameters[0]}
@@ -58,7 +58,7 @@ class Stack:
         with turn_of(frame):
             if not self._watch.is_current:
                 self._rebuild()
-            self._guard.check()
+            self._listeners.check()
             with standing_in(self._forwards):
                 return frame(**inputs).logits  # type: ignore[no-any-return]
 

@@ -82,8 +82,8 @@ def translated(
     raises      as `speculative_config`
 
     vLLM keeps one length and one drafter for as long as it runs. So "auto" stands for drafts of one length where the
-    members' sizes say that they pay, and none where not or where the cache cannot hold a drafter; as drafters "auto"
-    and "lately" stand for the first expert, full ones before adapters.
+    members' sizes say that they pay, and none where not, where members' attention windows differ, or where the cache
+    cannot hold a drafter; as drafters "auto" and "lately" stand for the first expert, full ones before adapters.
     """
     place = Path(os.fspath(directory))
     config = saving.read_config(place)
@@ -94,9 +94,10 @@ def translated(
     if chosen.speculate == 0:
         return Speculation(None, "Nobody drafts: speculate is 0.")
     rule = _settled(chosen.draft, place, config)
-    why_not = _why_not(place, config, rule) if chosen.speculate == AUTO else None
-    if why_not is not None:
-        return Speculation(None, f"Nobody drafts: {why_not}.")
+    if chosen.speculate == AUTO:
+        why_not = _why_not_pay(place, config, rule) or _why_not_can(place, config, rule)
+        if why_not is not None:
+            return Speculation(None, f"Nobody drafts: {why_not}.")
     tokens = FIRST if chosen.fixed_length is None else chosen.fixed_length
     who = "The text's own n-grams draft" if rule == PROMPT else f"'{rule}' drafts"
     is_ours = chosen.draft in (CHEAPEST, LATELY)
@@ -119,10 +120,40 @@ def _settled(rule: str, place: Path, config: FusedConfig) -> str:
     return next(iter((*full, *experts, "base")))
 
 
-def _why_not(place: Path, config: FusedConfig, rule: str) -> str | None:
+def _why_not_pay(place: Path, config: FusedConfig, rule: str) -> str | None:
     """Why drafts cannot pay, judged by what one token costs the members; None when they may."""
     strong = make_plan(config, place).bodies[0].directory
     return too_small(_bytes(strong), 0 if rule == PROMPT else sum(map(_bytes, _read_by(place, config, rule))))
+
+
+def _why_not_can(place: Path, config: FusedConfig, rule: str) -> str | None:
+    """Why vLLM could not open a drafter as it is set by default: it wants all layers' key-value caches alike then."""
+    bodies = make_plan(config, place).bodies
+    windows = {window for body in bodies for window in _windows(body.directory)}
+    if rule == PROMPT or len(windows) == 1:
+        return None
+    return (
+        "some members' attention has a sliding window, others' has none or another one (a number of drafted tokens and "
+        "--disable-hybrid-kv-cache-manager let them draft)"
+    )
+
+
+def _windows(directory: Path) -> set[int | None]:
+    """The sliding windows of a member's layers; None where a layer sees everything."""
+    text = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None)
+    return {window if kind == "sliding_attention" else None for kind in kinds} if kinds else {window}
+
+
+def is_least_kept_too_long(least: int | None, most: int | None) -> bool:
+    """Whether vLLM 0.32 would answer a request wrongly, and without a word, beside drafts.
+
+    least, most   min_tokens and max_tokens
+
+    It forbids the end in the token behind a whole draft for as long as a text was too short before that draft.
+    """
+    return (least or 0) > 1 and least != most
 
 
 def _read_by(place: Path, config: FusedConfig, rule: str) -> list[Path]:

@@ -38,6 +38,7 @@ STEERED_PATHS = frozenset(
     }
 )
 RESPONSES_PATHS = frozenset({"/v1/responses", "/v1/responses/render"})
+OFF = frozenset({"0", "off", "f", "false", "n", "no"})  # what pydantic reads as false
 MEBIBYTE = 2**20
 READ_WITHIN = 30.0  # seconds for a whole body: who sends a byte now and then holds no place for ever
 DRAINED = 16  # times the largest body: what is read and thrown away, so that a client hears the answer
@@ -183,7 +184,7 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
         return None
     if path not in STEERED_PATHS:
         return f"vllm_xargs have no effect at {path[:100]}; they have at {', '.join(sorted(STEERED_PATHS))}."
-    if content.get("use_beam_search"):
+    if _is_on(content.get("use_beam_search")):
         return "vllm_xargs do not reach beam search: leave one of them out."
     return None
 
@@ -191,6 +192,11 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
 def _is_empty_answer(item: Any) -> bool:
     """Whether an earlier answer has no part: vLLM takes the first one without looking whether it is there."""
     return isinstance(item, dict) and item.get("role") == "assistant" and item.get("content") == []
+
+
+def _is_on(value: Any) -> bool:
+    """Whether vLLM takes this for true: it reads words, too."""
+    return value.lower() not in OFF if isinstance(value, str) else bool(value)
 
 
 def _listed(value: Any) -> list[Any]:

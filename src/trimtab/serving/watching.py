@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from trimtab.core.errors import InputError
 from trimtab.logits.strategy import Strategy
+from trimtab.serving.drafting import is_least_kept_too_long
 from trimtab.serving.requests import SEVERAL, TRACE_KEY, read_settings
 from trimtab.serving.traces import POSITIONS_KEPT, REQUESTS_KEPT
 
@@ -102,12 +103,9 @@ class SteeredEngine:
         return outputs
 
     def _check_beside_drafts(self, sampling_params: Any) -> None:
-        """Raises VLLMValidationError for what vLLM 0.32 would answer wrongly, and without a word, beside drafts.
-
-        It forbids the end in the token behind a whole draft for as long as a text was too short before that draft.
-        """
-        least, most = getattr(sampling_params, "min_tokens", 0) or 0, getattr(sampling_params, "max_tokens", None)
-        if self._drafts and least > 1 and least != most:
+        """Raises VLLMValidationError for what vLLM would answer wrongly, and without a word, beside drafts."""
+        least, most = getattr(sampling_params, "min_tokens", 0), getattr(sampling_params, "max_tokens", None)
+        if self._drafts and is_least_kept_too_long(least, most):
             raise VLLMValidationError(
                 "min_tokens is kept for too long where small members draft; leave it out, let it be max_tokens, or "
                 "start the server with --speculate 0.",
