@@ -77,7 +77,7 @@ def test_numbers_out_of_range_or_of_another_kind_are_refused(name, value):
 
 @pytest.mark.parametrize("value", [5e-324, 1e-40, 9e-7])
 def test_a_temperature_next_to_nothing_is_refused(value):
-    with pytest.raises(BadSetting, match="^temperature is .*\n  Expected: 0, or at least 1e-06"):
+    with pytest.raises(BadSetting, match=r"^temperature is .*\n  Expected: 0, or at least 1e-06"):
         completion(temperature=value)
     assert completion(temperature=1e-6).sampling.temperature == 1e-6
 

@@ -109,7 +109,7 @@ def test_nothing_is_overwritten_without_force(run, inline, fused_dir, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--beta", "0.5"], "setting of"),
+        (["--beta", "0.5"], "has no setting"),
         (["--alpha-max", "99"], "0 to 10"),
         (["--alpha-max", "much"], "alpha_max is 'much'"),
         (["--chooser", "sum"], "cannot let all experts speak at once"),

@@ -259,7 +259,7 @@ def test_the_default_is_the_published_method():
         (lambda: make_strategy("dinamic"), UnknownName, "no amount 'dinamic'(?s:.*)did you mean 'dynamic'"),
         (lambda: make_strategy("dynamic", chooser="papr"), UnknownName, "did you mean 'paper'"),
         (lambda: make_strategy("dynamic", alpha_mx=1.0), UnknownName, "did you mean 'alpha_max'"),
-        (lambda: make_strategy("filter", alpha_max=1.0), UnknownName, "no setting of strategy filter"),
+        (lambda: make_strategy("filter", alpha_max=1.0), UnknownName, "has no setting 'alpha_max'"),
         (lambda: make_strategy("dynamic", alpha_max=-1.0), BadSetting, "alpha_max is -1.0(?s:.*)0 to 10"),
         (lambda: make_strategy("dynamic", alpha_max=float("nan")), BadSetting, "alpha_max is nan"),
         (lambda: make_strategy("dynamic", alpha_max="2"), BadSetting, "alpha_max is '2'"),

@@ -105,6 +105,16 @@ def test_names_of_loopback_addresses_are_known_whatever_they_are_called() -> Non
     assert status_of(host="my.site", api_key=[""]) == 403
 
 
+def test_settings_beside_their_place_are_refused_where_they_would_be_overlooked() -> None:
+    for path in STEERED_PATHS:
+        for wrong in ({"alpha": 0.5}, {"expert": "facts"}, {"experts": ["facts"]}, {"alpha_max": 1}):
+            assert status_of(path, wrong) == 400, (path, wrong)
+            assert status_of(path, wrong | XARGS) == 400, (path, wrong)
+            assert status_of(path, {"vllm_xargs": wrong}) == 200, (path, wrong)
+        assert status_of(path, {"prompt": "alpha, expert", "alpha": None}) == 200, path
+    assert status_of("/tokenize", {"alpha": 0.5}) == 200
+
+
 def test_settings_of_requests_are_refused_where_nobody_reads_them() -> None:
     for path in ("/cohere/v2/chat", "/generative_scoring", "/v1/messages/count_tokens", "/tokenize", "/nowhere"):
         assert status_of(path, XARGS) == 400, path

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     fused = options.open_fused(args)
     sampling, stops = options.sampling_of(args), options.stops_of(args)
     opening = [{"role": "system", "content": args.system}] if args.system else []
+    if sys.stdin.isatty():
+        print("/quit ends, /reset forgets what was said.", file=sys.stderr)
     messages: list[dict[str, str]] = list(opening)
     said: list[dict[str, str]] = []
     while (line := read_line()) is not None:

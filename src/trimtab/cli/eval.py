@@ -15,7 +15,7 @@ from typing import Any
 
 from trimtab.cli import options, output
 from trimtab.core.aside import stderr_aside
-from trimtab.core.errors import InputError, unknown_name
+from trimtab.core.errors import InputError, OfflineError, UnknownName, unknown_name
 
 EXAMPLE = "trimtab eval --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts --tasks facts --limit 20"
 
@@ -97,6 +97,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    from trimtab import zoo
     from trimtab.cli.harness import TrimtabLM
     from trimtab.logits.speculation.report import summed
 
@@ -106,13 +107,19 @@ def evaluate(
     asked = {name: mine.get(name, name) for name in names}
     unknown = [name for name, task in asked.items() if not manager.match_tasks([task])]
     if unknown:
-        from trimtab import zoo
-
-        raise unknown_name("task", unknown[0], zoo.TASKS)
+        error = unknown_name("task", unknown[0], zoo.TASKS)
+        raise UnknownName(error.found, f"{error.expected} Beside them what `lm-eval ls tasks` lists.", error.fix)
     model = TrimtabLM(fused, batch_size=batch_size)
-    done = simple_evaluate(
-        model=model, tasks=list(asked.values()), task_manager=manager, limit=limit, bootstrap_iters=0
-    )
+    try:
+        done = simple_evaluate(
+            model=model, tasks=list(asked.values()), task_manager=manager, limit=limit, bootstrap_iters=0
+        )
+    except ConnectionError as error:
+        raise OfflineError(
+            f"the data of a task cannot be had: {error}.",
+            "Tasks of lm-evaluation-harness bring their data from the hub; those of the zoo need no network.",
+            f"connect, or ask for one of {', '.join(zoo.TASKS)}.",
+        ) from error
     back = {task: name for name, task in mine.items()}
     found = {
         back.get(task, task): _metrics(values, done["samples"].get(task, []), seed)

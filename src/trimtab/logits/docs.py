@@ -32,7 +32,8 @@ fusion = strategy(strong, base, experts)  # log-probabilities [batch, vocab] twi
 fusion.log_probs, fusion.alpha, fusion.is_chosen, fusion.kl_nats, fusion.reverse_kl_nats
 ```
 
-On the command line: `--strategy AMOUNT --chooser CHOOSER` and one flag per setting; `trimtab show NAME` explains one.
+`strong`, `base` and `experts` are logits or log-probabilities of these shapes. On the command line: `--strategy AMOUNT
+--chooser CHOOSER` and one flag per setting; `trimtab show NAME` explains one and names its flags.
 A strategy sees one position's laws and remembers nothing, so beams, speculation and scoring all meet the same law."""
 
 

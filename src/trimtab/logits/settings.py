@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-from trimtab.core.errors import BadSetting, unknown_name
+from trimtab.core.errors import BadSetting, UnknownName, unknown_name
 
 Value = float | int | str | dict[str, float] | None
 
@@ -106,4 +106,5 @@ def reject_unknown(given: Mapping[str, Any], known: Mapping[str, Any], of: str) 
     """Raise UnknownName, with the nearest spelling, for the first given setting that is not known."""
     for name in given:
         if name not in known:
-            raise unknown_name(f"setting of {of}", name, known)
+            error = unknown_name("setting", name, known)
+            raise UnknownName(f"{of} has no setting '{name}'.", error.expected, error.fix)

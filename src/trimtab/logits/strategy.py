@@ -120,7 +120,7 @@ def make_strategy(amount: str, chooser: str = NO_CHOICE, expert_names: Sequence[
     """
     kinds = find(AMOUNTS, amount), find(CHOOSERS, chooser)
     known = [{item.name: item for item in settings_of(kind)} for kind in kinds]
-    reject_unknown(settings, known[0] | known[1], of=f"strategy {amount} with chooser {chooser}")
+    reject_unknown(settings, known[0] | known[1], of=f"the strategy {amount} with chooser {chooser}")
     for kind in kinds:
         check_settings(kind, settings)
     made = [kind(**{k: v for k, v in settings.items() if k in names}) for kind, names in zip(kinds, known, strict=True)]

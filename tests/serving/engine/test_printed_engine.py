@@ -19,7 +19,7 @@ def test_the_printed_engine_answers(tmp_path):
     (tmp_path / "ask.py").write_text(next(block for block in blocks if "import LLM" in block))
     members = ("zoo:strong", "zoo:small", {"facts": "zoo:small/facts"})
     fused = FusedCausalLM.from_members(*members, dtype="float32")
-    fused.save_pretrained(tmp_path / "fused")
+    fused.save_pretrained(tmp_path / "runs" / "facts")
     done = subprocess.run(
         [sys.executable, "ask.py"],
         cwd=tmp_path, env={**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
