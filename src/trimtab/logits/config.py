@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 
 class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -46,3 +46,7 @@ class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
         self.use_cache = use_cache
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         super().__init__(**kwargs)
+
+
+# Here, since tokenizers too are read from fused directories, and without a model.
+AutoConfig.register(FusedConfig.model_type, FusedConfig, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from trimtab.core.errors import BadSetting
@@ -482,5 +482,4 @@ def _until_end(token_ids: list[int], ends: Sequence[int], pad_id: int | None) ->
     return token_ids
 
 
-AutoConfig.register(FusedConfig.model_type, FusedConfig, exist_ok=True)
 AutoModelForCausalLM.register(FusedConfig, FusedCausalLM, exist_ok=True)
