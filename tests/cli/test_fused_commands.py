@@ -387,3 +387,14 @@ def test_loading_is_silent(run, fused_dir) -> None:
     ran = run("generate", fused_dir, "the", "--max-new-tokens", "2")
     assert ran.code == 0
     assert ran.err == ""
+
+
+def test_tasks_whose_data_cannot_be_had_are_told_so(run, fused_dir, monkeypatch) -> None:
+    def away(**_):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", away)
+    ran = run("eval", fused_dir, "--tasks", "facts", "--limit", "1")
+    assert ran.code == 2
+    assert "OfflineError: the data of a task cannot be had: Couldn't reach the hub" in ran.err
+    assert "those of the zoo need no network" in ran.err
