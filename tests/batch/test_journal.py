@@ -92,12 +92,9 @@ def test_another_run_is_not_gone_on_with(path, changed):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ['{"some": "json"}\n', '{"some": "json"}', "half of a download", "{", "\n"])
+@pytest.mark.parametrize("text", ['{"some": "json"}\n', '{"some": "json"}', "half of a download", "\n"])
 def test_a_file_that_is_no_journal_is_left_alone(path, text):
     path.write_text(text)
-    if journals.START.startswith(text.encode()):  # as much of a journal as a crash may have left
-        assert not open_journal(path, ABOUT, "resume").done
-        return
     with pytest.raises(InputError, match="is no journal of this version"):
         open_journal(path, ABOUT, "resume")
     assert path.read_text() == text

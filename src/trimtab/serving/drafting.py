@@ -12,6 +12,7 @@ Source: Leviathan et al. 2023, arXiv 2211.17192, for drafts verified; Saxena 202
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def translated(
         return Speculation(None, "Nobody drafts: speculate is 0.")
     rule = _settled(chosen.draft, place, config)
     if chosen.speculate == AUTO:
-        why_not = _why_not_pay(place, config, rule) or _why_not_can(place, config, rule)
+        bodies = [body.directory for body in make_plan(config, place).bodies]  # once: it looks at every member's file
+        why_not = _why_not_pay(bodies[0], place, config, rule) or _why_not_can(bodies, rule)
         if why_not is not None:
             return Speculation(None, f"Nobody drafts: {why_not}.")
     tokens = FIRST if chosen.fixed_length is None else chosen.fixed_length
@@ -120,17 +122,14 @@ def _settled(rule: str, place: Path, config: FusedConfig) -> str:
     return next(iter((*full, *experts, "base")))
 
 
-def _why_not_pay(place: Path, config: FusedConfig, rule: str) -> str | None:
+def _why_not_pay(strong: Path, place: Path, config: FusedConfig, rule: str) -> str | None:
     """Why drafts cannot pay, judged by what one token costs the members; None when they may."""
-    strong = make_plan(config, place).bodies[0].directory
     return too_small(_bytes(strong), 0 if rule == PROMPT else sum(map(_bytes, _read_by(place, config, rule))))
 
 
-def _why_not_can(place: Path, config: FusedConfig, rule: str) -> str | None:
+def _why_not_can(bodies: Sequence[Path], rule: str) -> str | None:
     """Why vLLM could not open a drafter as it is set by default: it wants all layers' key-value caches alike then."""
-    bodies = make_plan(config, place).bodies
-    windows = {window for body in bodies for window in _windows(body.directory)}
-    if rule == PROMPT or len(windows) == 1:
+    if rule == PROMPT or len({window for body in bodies for window in _windows(body)}) == 1:
         return None
     return (
         "some members' attention has a sliding window, others' has none or another one (a number of drafted tokens and "
