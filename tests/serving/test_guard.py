@@ -107,7 +107,7 @@ def test_names_of_loopback_addresses_are_known_whatever_they_are_called() -> Non
 
 def test_settings_beside_their_place_are_refused_where_they_would_be_overlooked() -> None:
     for path in STEERED_PATHS:
-        for wrong in ({"alpha": 0.5}, {"expert": "facts"}, {"experts": ["facts"]}, {"alpha_max": 1}):
+        for wrong in ({"alpha": 0.5}, {"expert": "facts"}, {"experts": ["facts"]}, {"alpha_max": 1}, {"trace": 1}):
             assert status_of(path, wrong) == 400, (path, wrong)
             assert status_of(path, wrong | XARGS) == 400, (path, wrong)
             assert status_of(path, {"vllm_xargs": wrong}) == 200, (path, wrong)

@@ -318,7 +318,7 @@ def test_automatic_drafts_go_without_where_windows_differ(folder, tmp_path, monk
     file.write_text(json.dumps(told))
     found = translated(tmp_path / "all" / "fused", "auto", "math")
     assert found.config is None
-    assert found.remark.startswith("Nobody drafts: some members' attention has a sliding window")
+    assert found.remark.startswith("Nobody drafts: some layers' attention has a sliding window")
     assert translated(tmp_path / "all" / "fused", "auto", "prompt").config is not None
     assert translated(tmp_path / "all" / "fused", 3, "math").config["num_speculative_tokens"] == 3
 

@@ -132,7 +132,7 @@ def _why_not_can(bodies: Sequence[Path], rule: str) -> str | None:
     if rule == PROMPT or len({window for body in bodies for window in _windows(body)}) == 1:
         return None
     return (
-        "some members' attention has a sliding window, others' has none or another one (a number of drafted tokens and "
+        "some layers' attention has a sliding window, others' has none or another one (a number of drafted tokens and "
         "--disable-hybrid-kv-cache-manager let them draft)"
     )
 

@@ -38,7 +38,7 @@ STEERED_PATHS = frozenset(
     }
 )
 RESPONSES_PATHS = frozenset({"/v1/responses", "/v1/responses/render"})
-MISPLACED = ("alpha", "alpha_max", "expert", "experts")  # vLLM overlooks what it does not know
+MISPLACED = ("alpha", "alpha_max", "expert", "experts", "trace")  # vLLM overlooks what it does not know
 OFF = frozenset({"0", "off", "f", "false", "n", "no"})  # what pydantic reads as false
 MEBIBYTE = 2**20
 READ_WITHIN = 30.0  # seconds for a whole body: who sends a byte now and then holds no place for ever
@@ -168,7 +168,7 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
     prompts a completion has, but not how many conversations a batch of chats has.
     """
     is_batch = path == BATCH_PATH
-    if not (is_batch or path in RESPONSES_PATHS or _may_name(body, b"vllm_xargs", b"alpha", b"expert")):
+    if not (is_batch or path in RESPONSES_PATHS or _may_name(body, b"vllm_xargs", b"alpha", b"expert", b"trace")):
         return None
     try:
         content = json.loads(body)
