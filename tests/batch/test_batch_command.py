@@ -296,5 +296,19 @@ def test_a_disk_that_is_full_at_the_end_loses_no_row(fused_dir, tmp_path, capsys
     assert (summary.kept, summary.computed) == (2, 0)
 
 
+def test_rows_that_cannot_be_read_back_are_told_apart_from_the_output(fused_dir, tmp_path, capsys, monkeypatch):
+    source, target = write_rows(tmp_path / "in.jsonl", rows_of(2)), tmp_path / "out.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr("trimtab.batch.rows.Outcome.from_line", broken)
+        assert batch(fused_dir, source, target) == 1
+    assert f"{target}.part cannot be read back: the disk is gone" in capsys.readouterr().err
+    assert not target.exists()
+    assert run_batch(fused_dir, source, target, TRANSFORMERS, HERE, mode="resume").kept == 2
+
+
+def broken(*_):
+    raise OSError("the disk is gone")
+
+
 def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

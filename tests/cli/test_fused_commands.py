@@ -6,8 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
+import requests
 
 from trimtab import FusedCausalLM
+from trimtab.logits.references import http_error
 from trimtab.logits.speculation.decode import SpeculativeDecoder
 from trimtab.logits.speculation.length import FIRST, Costs
 
@@ -389,9 +391,10 @@ def test_loading_is_silent(run, fused_dir) -> None:
     assert ran.err == ""
 
 
-def test_tasks_whose_data_cannot_be_had_are_told_so(run, fused_dir, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [ConnectionError, requests.ConnectionError, http_error()])
+def test_tasks_whose_data_cannot_be_had_are_told_so(run, fused_dir, monkeypatch, kind) -> None:
     def away(**_):
-        raise ConnectionError("Couldn't reach the hub")
+        raise kind("Couldn't reach the hub")
 
     monkeypatch.setattr("lm_eval.simple_evaluate", away)
     ran = run("eval", fused_dir, "--tasks", "facts", "--limit", "1")

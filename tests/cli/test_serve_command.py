@@ -118,6 +118,18 @@ def test_who_drafts_is_the_directorys_choice_unless_said_otherwise(run, copied, 
     assert "too small for drafts to pay" in remark("--draft", "facts", speculate=0)  # as with auto
 
 
+@pytest.mark.parametrize("word", ["--disable-hybrid-kv-cache-manager", "--disable_hybrid_kv_cache_manager"])
+def test_automatic_drafts_know_of_a_passed_flag_with_which_windows_are_masks(
+    run, fused_dir, port, monkeypatch, word
+) -> None:
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
+    monkeypatch.setattr("trimtab.serving.drafting._windows", lambda directory: {len(str(directory)), None})
+    words = ("serve", fused_dir, "--port", port, "--speculate", "auto")
+    assert "pass --disable-hybrid-kv-cache-manager" in run(*words).err
+    assert "drafts 4 tokens at a time" in run(*words, word).err
+
+
 class Answering(http.server.BaseHTTPRequestHandler):
     """A server that says it is well, at /health alone."""
 

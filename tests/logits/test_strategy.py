@@ -260,6 +260,11 @@ def test_the_default_is_the_published_method():
         (lambda: make_strategy("dynamic", chooser="papr"), UnknownName, "did you mean 'paper'"),
         (lambda: make_strategy("dynamic", alpha_mx=1.0), UnknownName, "did you mean 'alpha_max'"),
         (lambda: make_strategy("filter", alpha_max=1.0), UnknownName, "has no setting 'alpha_max'"),
+        (
+            lambda: strategy_from_dict({"amount": "dynamic", "choser": "sum"}),
+            UnknownName,
+            "no key 'choser'(?s:.*)'chooser'",
+        ),
         (lambda: make_strategy("dynamic", alpha_max=-1.0), BadSetting, "alpha_max is -1.0(?s:.*)0 to 10"),
         (lambda: make_strategy("dynamic", alpha_max=float("nan")), BadSetting, "alpha_max is nan"),
         (lambda: make_strategy("dynamic", alpha_max="2"), BadSetting, "alpha_max is '2'"),

@@ -105,9 +105,12 @@ def test_names_of_loopback_addresses_are_known_whatever_they_are_called() -> Non
     assert status_of(host="my.site", api_key=[""]) == 403
 
 
+SETTINGS = {"alpha", "expert", "trace", "alpha_max", "alpha_step", "beta", "contrast", "plausibility", "weight"}
+
+
 def test_settings_beside_their_place_are_refused_where_they_would_be_overlooked() -> None:
     for path in STEERED_PATHS:
-        for wrong in ({"alpha": 0.5}, {"expert": "facts"}, {"experts": ["facts"]}, {"alpha_max": 1}, {"trace": 1}):
+        for wrong in ({"experts": ["facts"]}, *({name: 1} for name in SETTINGS)):
             assert status_of(path, wrong) == 400, (path, wrong)
             assert status_of(path, wrong | XARGS) == 400, (path, wrong)
             assert status_of(path, {"vllm_xargs": wrong}) == 200, (path, wrong)

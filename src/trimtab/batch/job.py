@@ -20,7 +20,7 @@ from trimtab.batch.runner import InProcess, about, run
 from trimtab.core.errors import BadSetting, InputError, TrimtabError, UnreadableModel, unknown_name
 from trimtab.logits import references, saving, vocabulary
 from trimtab.logits.config import FusedConfig
-from trimtab.serving.drafting import is_least_kept_too_long, translated
+from trimtab.serving.drafting import Speculation, is_least_kept_too_long, translated
 from trimtab.serving.plan import make_plan
 
 AUTO, VLLM, TRANSFORMERS = "auto", "vllm", "transformers"
@@ -238,7 +238,7 @@ class _Batch:
                     failed += outcome.error is not None
         except OSError as error:
             raise TrimtabError(
-                f"{target} cannot be written: {error.strerror}.",
+                f"{target} cannot be written: {error.strerror or error}.",
                 f"All rows are finished, and kept in {journal.path}.",
                 "mend that, then run again with --resume: nothing is computed again.",
             ) from error
@@ -283,7 +283,9 @@ def _make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"the directory {directory} cannot be made: {error.strerror}.", "The output goes there.", "choose another."
+            f"the directory {directory} cannot be made: {error.strerror or error}.",
+            "The output goes there.",
+            "choose another.",
         ) from error
 
 
@@ -311,8 +313,13 @@ def _drafting(
         why_not = next((why for row in rows if (why := _against_drafts(row)) is not None), None)
         if why_not is not None:
             return False, f"Nobody drafts: {why_not}."
-    found = translated(directory)
+    found = _translated(directory, settings)
     return found.config is not None, found.remark
+
+
+def _translated(directory: Path, settings: Settings) -> Speculation:
+    """What the directory's settings of speculation mean for vLLM with these options."""
+    return translated(directory, are_windows_masks=bool(settings.options.get("disable_hybrid_kv_cache_manager")))
 
 
 def _against_drafts(row: Row) -> str | None:
@@ -340,7 +347,7 @@ def make_answering(directory: Path, settings: Settings, model_names: Sequence[st
 
         dtype = settings.dtype or saving.read_config(directory).dtype
         # Made where the engine runs: what it names lies in this machine's cache.
-        more = {"speculative_config": translated(directory).config} if drafts else {}
+        more = {"speculative_config": _translated(directory, settings).config} if drafts else {}
         engine = VllmEngine(
             directory, None if dtype is None else str(dtype).removeprefix("torch."), {**settings.options, **more}
         )

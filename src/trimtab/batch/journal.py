@@ -61,11 +61,21 @@ class Journal:
             self.sync()
 
     def outcomes(self, ids: Sequence[str]) -> Iterator[Outcome]:
-        """The outcomes of these finished rows, in this order."""
-        with self.path.open("rb") as file:
-            for row_id in ids:
-                file.seek(self._places[row_id])
-                yield Outcome.from_line(file.readline())
+        """The outcomes of these finished rows, in this order.
+
+        raises    TrimtabError when the disk does not give them back
+        """
+        try:
+            with self.path.open("rb") as file:
+                for row_id in ids:
+                    file.seek(self._places[row_id])
+                    yield Outcome.from_line(file.readline())
+        except OSError as error:
+            raise TrimtabError(
+                f"{self.path} cannot be read back: {error.strerror or error}.",
+                "All rows are finished, and kept there.",
+                "mend that, then run again with --resume.",
+            ) from error
 
     def sync(self) -> None:
         """Waits until the disk has everything."""

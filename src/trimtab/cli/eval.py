@@ -96,9 +96,11 @@ def evaluate(
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
+    from requests import RequestException
 
     from trimtab import zoo
     from trimtab.cli.harness import TrimtabLM
+    from trimtab.logits.references import http_error
     from trimtab.logits.speculation.report import summed
 
     mine = write_zoo_tasks(folder, names, limit, seed)
@@ -114,7 +116,7 @@ def evaluate(
         done = simple_evaluate(
             model=model, tasks=list(asked.values()), task_manager=manager, limit=limit, bootstrap_iters=0
         )
-    except ConnectionError as error:
+    except (ConnectionError, RequestException, http_error()) as error:  # of datasets, their scripts, and the hub
         raise OfflineError(
             f"the data of a task cannot be had: {error}.",
             "Tasks of lm-evaluation-harness bring their data from the hub; those of the zoo need no network.",

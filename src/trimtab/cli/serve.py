@@ -21,6 +21,7 @@ from trimtab.serving import defaults
 
 EXAMPLE = "trimtab serve runs/facts --page"
 PASSES_ON = True  # words that no option takes go to vLLM
+WINDOWS_AS_MASKS = "--disable-hybrid-kv-cache-manager"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +112,8 @@ def _drafting(args: argparse.Namespace, directory: Path, config: Any) -> Any:
     """vLLM's settings of speculation, with a remark on who drafts."""
     from trimtab.serving.drafting import translated
 
-    return translated(directory, *options.speculation_of(args, config.speculate))
+    are_windows_masks = WINDOWS_AS_MASKS in (word.replace("_", "-") for word in args.passed_on)  # vLLM takes both
+    return translated(directory, *options.speculation_of(args, config.speculate), are_windows_masks=are_windows_masks)
 
 
 def _announce(args: argparse.Namespace, settings: Any, url: str) -> None:

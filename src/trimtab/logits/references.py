@@ -89,12 +89,18 @@ def fetch(reference: Reference) -> Path:
     """
     from huggingface_hub import errors, snapshot_download
 
-    # Broken connections in the middle of a download come as errors of the hub's HTTP library.
-    of_http = getattr(errors, "HTTPError", OSError)
     try:
         return Path(snapshot_download(reference.where, revision=reference.revision, allow_patterns=HUB_FILES))
-    except (errors.HFValidationError, OSError, of_http) as error:
+    except (errors.HFValidationError, OSError, http_error()) as error:
         raise hub_failure(reference, error) from error
+
+
+def http_error() -> type[Exception]:
+    """What the hub's HTTP library raises, which stands for connections that break in the middle of a download."""
+    from huggingface_hub import errors
+
+    kind: type[Exception] = getattr(errors, "HTTPError", OSError)
+    return kind
 
 
 def hub_failure(reference: Reference, error: BaseException) -> TrimtabError:

@@ -102,9 +102,9 @@ def _check_number(item: Setting, number: Any) -> None:
         )
 
 
-def reject_unknown(given: Mapping[str, Any], known: Mapping[str, Any], of: str) -> None:
-    """Raise UnknownName, with the nearest spelling, for the first given setting that is not known."""
+def reject_unknown(given: Mapping[str, Any], known: Mapping[str, Any], of: str, noun: str = "setting") -> None:
+    """Raise UnknownName, with the nearest spelling, for the first given name that is not known."""
     for name in given:
         if name not in known:
-            error = unknown_name("setting", name, known)
-            raise UnknownName(f"{of} has no setting '{name}'.", error.expected, error.fix)
+            error = unknown_name(noun, name, known)
+            raise UnknownName(f"{of} has no {noun} '{name}'.", error.expected, error.fix)

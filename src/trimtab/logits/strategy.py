@@ -145,7 +145,7 @@ def strategy_from_dict(description: Mapping[str, Any], expert_names: Sequence[st
 
     raises    as `make_strategy`; UnknownName for a key that no strategy has
     """
-    reject_unknown(description, dict.fromkeys(("amount", "chooser", "settings")), of="a strategy")
+    reject_unknown(description, dict.fromkeys(("amount", "chooser", "settings")), of="a strategy", noun="key")
     if "amount" not in description:
         raise BadSetting(
             "the strategy has no 'amount'.", f"Known: {', '.join(AMOUNTS)}.", 'for example {"amount": "dynamic"}.'
@@ -163,6 +163,11 @@ def describe_settings(name: str) -> tuple[Setting, ...]:
         if name in table:
             return settings_of(find(table, name))
     raise unknown_name("amount or chooser", name, (*AMOUNTS, *CHOOSERS))
+
+
+def every_setting() -> tuple[Setting, ...]:
+    """The settings of all amounts and choosers, one after the other; several may share a name."""
+    return tuple(item for table in (AMOUNTS, CHOOSERS) for name in table for item in settings_of(find(table, name)))
 
 
 def _name_of(table: Table, ingredient: Any) -> str:

@@ -74,17 +74,22 @@ def _told(method: str, tokens: int, **more: Any) -> dict[str, Any]:
 
 
 def translated(
-    directory: str | os.PathLike[str], speculate: str | int | None = None, draft: str | None = None
+    directory: str | os.PathLike[str],
+    speculate: str | int | None = None,
+    draft: str | None = None,
+    are_windows_masks: bool = False,
 ) -> Speculation:
     """What the settings of speculation mean for vLLM.
 
-    speculate   "auto", 0 or the number of tokens that a draft has; None: as the directory says
-    draft       who drafts; None: as the directory says
-    raises      as `speculative_config`
+    speculate           "auto", 0 or the number of tokens that a draft has; None: as the directory says
+    draft               who drafts; None: as the directory says
+    are_windows_masks   whether the engine gets disable_hybrid_kv_cache_manager, with which unlike windows do not matter
+    raises              as `speculative_config`
 
     vLLM keeps one length and one drafter for as long as it runs. So "auto" stands for drafts of one length where the
-    members' sizes say that they pay, and none where not, where members' attention windows differ, or where the cache
-    cannot hold a drafter; as drafters "auto" and "lately" stand for the first expert, full ones before adapters.
+    members' sizes say that they pay, and none where not, where members' attention windows differ and are no masks, or
+    where the cache cannot hold a drafter; as drafters "auto" and "lately" stand for the first expert, full ones before
+    adapters.
     """
     place = Path(os.fspath(directory))
     config = saving.read_config(place)
@@ -97,7 +102,9 @@ def translated(
     rule = _settled(chosen.draft, place, config)
     if chosen.speculate == AUTO:
         bodies = [body.directory for body in make_plan(config, place).bodies]  # once: it looks at every member's file
-        why_not = _why_not_pay(bodies[0], place, config, rule) or _why_not_can(bodies, rule)
+        why_not = _why_not_pay(bodies[0], place, config, rule)
+        if why_not is None and not are_windows_masks:
+            why_not = _why_not_can(bodies, rule)
         if why_not is not None:
             return Speculation(None, f"Nobody drafts: {why_not}.")
     tokens = FIRST if chosen.fixed_length is None else chosen.fixed_length
@@ -132,8 +139,8 @@ def _why_not_can(bodies: Sequence[Path], rule: str) -> str | None:
     if rule == PROMPT or len({window for body in bodies for window in _windows(body)}) == 1:
         return None
     return (
-        "some layers' attention has a sliding window, others' has none or another one (a number of drafted tokens and "
-        "--disable-hybrid-kv-cache-manager let them draft)"
+        "some layers' attention has a sliding window, others' has none or another one "
+        "(pass --disable-hybrid-kv-cache-manager to let members draft)"
     )
 
 

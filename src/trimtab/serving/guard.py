@@ -9,10 +9,11 @@ import hashlib
 import ipaddress
 import json
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from trimtab.serving.defaults import LARGEST_BODY_MIB, MOST_REQUESTS, PROMPTS
+from trimtab.serving.requests import SETTING_NAMES
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -38,7 +39,7 @@ STEERED_PATHS = frozenset(
     }
 )
 RESPONSES_PATHS = frozenset({"/v1/responses", "/v1/responses/render"})
-MISPLACED = ("alpha", "alpha_max", "expert", "experts", "trace")  # vLLM overlooks what it does not know
+NAMED_IN = tuple(name.encode() for name in ("vllm_xargs", *SETTING_NAMES))
 OFF = frozenset({"0", "off", "f", "false", "n", "no"})  # what pydantic reads as false
 MEBIBYTE = 2**20
 READ_WITHIN = 30.0  # seconds for a whole body: who sends a byte now and then holds no place for ever
@@ -168,7 +169,7 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
     prompts a completion has, but not how many conversations a batch of chats has.
     """
     is_batch = path == BATCH_PATH
-    if not (is_batch or path in RESPONSES_PATHS or _may_name(body, b"vllm_xargs", b"alpha", b"expert", b"trace")):
+    if not (is_batch or path in RESPONSES_PATHS or _may_name(body, NAMED_IN)):
         return None
     try:
         content = json.loads(body)
@@ -181,8 +182,8 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
         return f"{len(conversations)} conversations, more than {most_prompts}; see VLLM_MAX_COMPLETION_PROMPTS."
     if path in RESPONSES_PATHS and any(map(_is_empty_answer, _listed(content.get("input")))):
         return "an assistant's message in `input` has an empty list as its content: leave the message out."
-    misplaced = next((name for name in MISPLACED if content.get(name) is not None), None)
-    if path in STEERED_PATHS and misplaced:
+    misplaced = next((name for name in SETTING_NAMES if content.get(name) is not None), None)
+    if path in STEERED_PATHS and misplaced:  # vLLM overlooks what it does not know
         return f"{misplaced} has no effect here: write it into vllm_xargs."
     if not content.get("vllm_xargs"):
         return None
@@ -207,7 +208,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _may_name(body: bytes, *names: bytes) -> bool:
+def _may_name(body: bytes, names: Iterable[bytes]) -> bool:
     """Whether JSON may hold a name: as it is, escaped (\\u0076), or in UTF-16 or 32, full of zeros."""
     return any(name in body for name in names) or b"\\u" in body or b"\0" in body
 

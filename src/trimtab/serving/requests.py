@@ -9,14 +9,14 @@ Nothing here knows vLLM. A request comes as the `vllm_xargs` of its body, so val
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from trimtab.core.errors import BadSetting, unknown_name
 from trimtab.logits.settings import Setting, settings_of
-from trimtab.logits.strategy import Strategy, make_strategy
+from trimtab.logits.strategy import Strategy, every_setting, make_strategy
 
 LARGEST_SCALE = 10.0  # as for the alphas of strategies
 OF_THE_ENGINE = ("kv_transfer_params", "ec_transfer_params")  # objects that vLLM itself puts beside our settings
@@ -55,8 +55,15 @@ def numbers_of(present: Strategy) -> dict[str, Setting]:
 
     A fixed alpha is not among them: `alpha` scales it.
     """
-    items = (*settings_of(present.amount), *settings_of(present.chooser))
+    return _numbers_among((*settings_of(present.amount), *settings_of(present.chooser)))
+
+
+def _numbers_among(items: Iterable[Setting]) -> dict[str, Setting]:
     return {item.name: item for item in items if item.type.startswith("float") and item.name != "alpha"}
+
+
+SETTINGS_OF_ALL = ("alpha", "expert", "experts", "trace")  # whatever the strategy
+SETTING_NAMES = (*SETTINGS_OF_ALL, *_numbers_among(every_setting()))  # what some strategy lets a request set
 
 
 def read_settings(given: Mapping[str, Any] | None, present: Strategy) -> RequestSettings:
@@ -70,7 +77,7 @@ def read_settings(given: Mapping[str, Any] | None, present: Strategy) -> Request
     if not given:
         return NOTHING_SET
     numbers = numbers_of(present)
-    known = {"alpha", "expert", "experts", "trace", *numbers}
+    known = {*SETTINGS_OF_ALL, *numbers}
     for name in given:
         is_engines = name in OF_THE_ENGINE and isinstance(given[name], Mapping)
         if name not in known and not is_engines:

@@ -1,6 +1,8 @@
 """Batches on vLLM in this process: drafts as the directory says, and conversations without a chat template."""
 
 import gc
+import json
+import shutil
 
 import pytest
 import torch
@@ -87,3 +89,38 @@ def test_nobody_drafts_where_a_row_asks_for_what_drafts_would_break(fused_dir, t
     with pytest.raises(KeyboardInterrupt):
         run_batch(fused_dir, source, tmp_path / "out.jsonl", Settings("vllm"), Place(0), tell=run_until_told)
     assert told[1] == "'math' drafts 3 tokens at a time."
+
+
+def test_texts_of_one_length_only_are_drafted_too(fused_dir, tmp_path, engines):
+    """Their end is forbidden all the time, which vLLM's fault does not touch."""
+    rows = [*ROWS, complete("t", "12+7", max_tokens=4, min_tokens=4), chat("u", "1+1", min_tokens=4)]
+    rows[-1]["body"].pop("max_tokens", None)
+    rows[-1]["body"]["max_completion_tokens"] = 4
+    source, told = write_rows(tmp_path / "in.jsonl", rows), []
+    settings = Settings("vllm", dtype="float32", options={"max_num_seqs": 8})
+    run_batch(fused_dir, source, tmp_path / "vllm.jsonl", settings, Place(0), tell=told.append)
+    assert told == ["'math' drafts 3 tokens at a time."]
+    run_batch(fused_dir, source, tmp_path / "ours.jsonl", Settings("transformers", dtype="float32"), Place(0))
+    theirs, ours = (read_rows(tmp_path / name) for name in ("vllm.jsonl", "ours.jsonl"))
+    assert [texts(row) for row in theirs] == [texts(row) for row in ours]
+    assert [row["response"]["body"]["usage"]["completion_tokens"] for row in theirs[-2:]] == [4, 4]
+
+
+@pytest.mark.parametrize("are_masks", [True, False])
+def test_automatic_drafts_know_of_an_option_with_which_windows_are_masks(fused_dir, tmp_path, monkeypatch, are_masks):
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
+    monkeypatch.setattr("trimtab.serving.drafting._windows", lambda directory: {len(str(directory)), None})
+    shutil.copytree(fused_dir.parent, tmp_path / "all")
+    file = tmp_path / "all" / "fused" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"speculate": "auto"}))
+    source = write_rows(tmp_path / "in.jsonl", ROWS)
+    settings = Settings("vllm", options={"disable_hybrid_kv_cache_manager": are_masks})
+    remark = "'math' drafts 4 tokens" if are_masks else "Nobody drafts: some layers' attention has a sliding window"
+
+    def stop(said):
+        assert said.startswith(remark)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(tmp_path / "all" / "fused", source, tmp_path / "out.jsonl", settings, Place(0), tell=stop)
