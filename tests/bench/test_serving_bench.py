@@ -7,11 +7,11 @@ import pytest
 import torch
 from bench.bars import MET, MISSED
 from bench.harness import Findings, Options, ratios
-from bench.served_members import EXPERT, level
+from bench.served_members import EXPERT, Directories, level
 from bench.serving import Form, Load
 from transformers import AutoModelForCausalLM
 
-from bench import harness, report, served_members, serving, serving_page, soak
+from bench import harness, report, served_drafts, served_members, serving, serving_page, soak
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting, InputError
 from trimtab.zoo import resolve
@@ -145,7 +145,7 @@ def test_open_loops_are_judged_by_waits():
 
 
 def test_sizes_keep_their_ratio_when_another_strong_model_is_asked_for():
-    form = serving._as_asked(serving.QUICK, Options(strong=30_000_000, repeats=1))
+    form = serving.form_of(Options(strong=30_000_000, repeats=1))
     assert (form.strong, form.small, form.seeds) == (30_000_000, 1_250_000, 1)
     for form in (serving.QUICK, serving.LONG):
         assert form.strong >= 20 * form.small
@@ -221,6 +221,22 @@ def test_a_picture_is_drawn(tmp_path):
     cases = [arrived(), saturated()]
     serving.plot(Findings("Served under load", {}, cases), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lengths_of_drafts_have_a_server_each_and_a_table_after_the_strong_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.served.tool", lambda name: name)
+    members = Directories(*(Path(name) for name in ("strong", "base", "expert", "fused", "tiny")), {})
+    started = served_drafts.commands(FORM, members, (1, 3))
+    assert list(started) == [serving.STRONG, "1 drafted", "3 drafted"]
+    assert started[serving.STRONG] == serving.commands(FORM, members)[serving.STRONG]
+    assert started["3 drafted"] == serving.commands(FORM, members)[serving.SPECULATED]
+    runs = {arm: {serving.SATURATION: [rate(speed)]} for arm, speed in zip(started, (2.0, 1.0, 3.0), strict=True)}
+    case = serving.case_of(Load(serving.SATURATION, 16, at_a_time=8), runs, FORM)
+    assert list(case.runs) == list(started)
+    written(tmp_path)
+    found = harness.document("served_drafts", Findings("Drafts under load", {}, [case]), Options(is_quick=False))
+    harness.write_json(tmp_path / "served_drafts.json", found)
+    assert "| 3 drafted | 3.00 | 1.50 |" in "\n".join(serving_page.section(tmp_path, tmp_path / "page.md"))
 
 
 def test_the_section_in_the_repository_is_that_of_the_results():
