@@ -21,8 +21,11 @@ LENGTHS, QUICK_LENGTHS = (1, 2, 3, 4, 8), (1, 4)
 def measure(options: Options, progress: Progress) -> Findings:
     """All servers in turn; reported are the loads whose name holds `options.only`."""
     form = replace(serving.form_of(options), shares=())
-    started = partial(commands, lengths=QUICK_LENGTHS if options.is_quick else LENGTHS)
-    return serving.campaign("Drafts under load", NOTES, form, options, progress, started)
+    lengths = QUICK_LENGTHS if options.is_quick else LENGTHS
+    started = partial(commands, lengths=lengths)
+    found = serving.run_campaign("Drafts under load", NOTES, form, options, progress, started)
+    found.settings["drafted"] = list(lengths)
+    return found
 
 
 NOTES = [

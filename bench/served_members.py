@@ -2,8 +2,14 @@
 
 A configuration has one MLP width, and inflated blocks are wider than the zoo's own. So the zoo's own blocks are widened
 to the same size, by columns whose output is zero: every block costs the same, and the logits stay what they were.
+
+Size from the MLP alone would make blocks of a shape that nobody's model has: 94 columns of the MLP to each dimension of
+the hidden state. With many rows at a step, activations and narrow products would then decide. So the hidden state is
+widened first, by dimensions that hold zeros; to each of them there are 4 to 6 columns then, where real models have 3
+to 5.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +45,15 @@ class Directories:
     parameters: dict[str, int]
 
 
-def write_members(folder: Path, strong: int, small: int, dtype: str = "bfloat16") -> Directories:
-    """A strong model, a base and one expert of about so many parameters, and the fused directory over them."""
+def write_members(folder: Path, strong: int, small: int, dtype: str = "bfloat16", wider: int = 1) -> Directories:
+    """A strong model, a base and one expert of about so many parameters, and the fused directory over them.
+
+    wider   how many times as wide their hidden states are as the zoo's, see `widen_hidden_`
+    """
     parameters = {
-        "strong": _write(folder / "strong", "strong", strong, STRONG_BLOCKS, dtype),
-        "base": _write(folder / "base", "small", small, SMALL_BLOCKS, dtype),
-        "expert": _write(folder / "expert", f"small/{EXPERT}", small, SMALL_BLOCKS, dtype),
+        "strong": _write(folder / "strong", "strong", strong, STRONG_BLOCKS, dtype, wider),
+        "base": _write(folder / "base", "small", small, SMALL_BLOCKS, dtype, wider),
+        "expert": _write(folder / "expert", f"small/{EXPERT}", small, SMALL_BLOCKS, dtype, wider),
     }
     with quiet_bars():
         fused = FusedCausalLM.from_members(folder / "strong", folder / "base", {EXPERT: folder / "expert"})
@@ -56,12 +65,57 @@ def write_members(folder: Path, strong: int, small: int, dtype: str = "bfloat16"
     )
 
 
-def _write(target: Path, name: str, parameters: int, blocks: int, dtype: str) -> int:
+def _write(target: Path, name: str, parameters: int, blocks: int, dtype: str, wider: int) -> int:
     with quiet_bars():
         model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
-        level(model.eval().requires_grad_(False), parameters, blocks).save_pretrained(target)
+        widen_hidden_(model.eval().requires_grad_(False), wider)
+        level(model, parameters, blocks).save_pretrained(target)
     load_tokenizer().save_pretrained(target)
     return count_parameters(model)
+
+
+def widen_hidden_(model: Any, factor: int) -> Any:
+    """Makes the hidden state of a Llama of the zoo so many times as wide, in place, by dimensions that hold zeros.
+
+    factor    a power of 4: norms then see a mean square that is exactly so many times smaller, and their weights are
+              divided by its root, a power of 2
+    returns   the same model, which can be saved and opened again; its logits are unchanged but for rounding
+    raises    BadSetting for another factor
+    """
+    root = math.isqrt(max(factor, 0))
+    if root < 1 or root * root != factor or root & (root - 1):
+        raise BadSetting(f"factor is {factor}.", "Expected: a power of 4.", "for example factor=4.")
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    more = (factor - 1) * config.hidden_size
+    config.hidden_size *= factor
+    config.rms_norm_eps /= factor
+    embedding = model.get_input_embeddings()
+    embedding.embedding_dim = config.hidden_size
+    embedding.weight = _parameter(_with_columns(embedding.weight, more))
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for reads in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            reads.in_features = config.hidden_size
+            reads.weight = _parameter(_with_columns(reads.weight, more, generator))
+        for writes in (attention.o_proj, mlp.down_proj):
+            writes.out_features = config.hidden_size
+            writes.weight = _parameter(_with_columns(writes.weight.T, more).T.contiguous())
+        mlp.hidden_size = attention.hidden_size = config.hidden_size
+    norms = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
+    for norm in norms:
+        norm.variance_epsilon /= factor
+        norm.weight = _parameter(torch.cat([norm.weight / root, norm.weight.new_ones(more)]))
+    model.get_output_embeddings().in_features = config.hidden_size
+    model.tie_weights()
+    return model
+
+
+def _with_columns(weight: Tensor, more: int, generator: torch.Generator | None = None) -> Tensor:
+    """A matrix with so many more columns: zeros, or random numbers of a generator."""
+    columns = weight.new_zeros(len(weight), more)
+    if generator is not None:
+        columns.copy_(torch.empty(columns.shape).uniform_(-WEIGHT_BOUND, WEIGHT_BOUND, generator=generator))
+    return torch.cat([weight, columns], dim=1)
 
 
 def level(model: Any, parameters: int, blocks: int) -> Any:
@@ -102,14 +156,10 @@ def _widen(mlp: Any, width: int, generator: torch.Generator) -> None:
     for projection in (mlp.gate_proj, mlp.up_proj):
         projection.out_features = width
         weight = projection.weight  # [mlp, width]
-        drawn = torch.empty(width - len(weight), weight.shape[1]).uniform_(
-            -WEIGHT_BOUND, WEIGHT_BOUND, generator=generator
-        )
-        projection.weight = _parameter(torch.cat([weight, drawn.to(weight)]))
+        projection.weight = _parameter(_with_columns(weight.T, width - len(weight), generator).T.contiguous())
     down = mlp.down_proj
     down.in_features = width
-    zeros = down.weight.new_zeros(down.weight.shape[0], width - down.weight.shape[1])
-    down.weight = _parameter(torch.cat([down.weight, zeros], dim=1))  # [width, mlp]
+    down.weight = _parameter(_with_columns(down.weight, width - down.weight.shape[1]))  # [width, mlp]
     mlp.intermediate_size = width
 
 

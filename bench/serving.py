@@ -62,6 +62,7 @@ class Form:
     """How much is measured.
 
     strong, small   parameters of the members
+    wider           how many times as wide their hidden states are as the zoo's
     rows            requests that a server runs together at most (--max-num-seqs)
     drafted         tokens of a draft
     shares          rates of arrival, as shares of the strong model's requests a second at saturation
@@ -73,6 +74,7 @@ class Form:
 
     strong: int
     small: int
+    wider: int
     rows: int
     drafted: int
     shares: tuple[float, ...]
@@ -82,8 +84,8 @@ class Form:
     seeds: int
 
 
-QUICK = Form(300_000_000, 12_500_000, 8, 4, (), 10, (8,), 2, 2)
-LONG = Form(300_000_000, 12_500_000, 16, 4, (0.25, 0.75), 10, (4, 16), 2, 3)
+QUICK = Form(300_000_000, 12_500_000, 4, 8, 4, (), 10, (8,), 2, 2)
+LONG = Form(300_000_000, 12_500_000, 4, 16, 4, (0.25, 0.75), 10, (4, 16), 2, 3)
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,14 @@ class Load:
 
 def measure(options: Options, progress: Progress) -> Findings:
     """All servers in turn under all loads; reported are those whose name holds `options.only`."""
-    return campaign("Served under load", NOTES, form_of(options), options, progress, commands, small_members)
+    return run_campaign("Served under load", NOTES, form_of(options), options, progress, commands, small_members)
 
 
 Started = Callable[[Form, Directories], Mapping[str, list[str]]]  # arm -> the command of its server
 Opened = Callable[[Directories], Mapping[str, Path]]  # arm -> the model whose steps are measured behind no server
 
 
-def campaign(
+def run_campaign(
     title: str,
     notes: Sequence[str],
     form: Form,
@@ -128,12 +130,12 @@ def campaign(
     # Drafters are described in the user's cache, where nobody wants those of members that are gone afterwards.
     with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
         progress("making members")
-        members = write_members(Path(folder) / "members", form.strong, form.small)
-        run = Campaign(form, members, Path(folder), cores, progress)
-        run.measure(started(form, members), opened(members))
-    cases = [case_of(load, run.runs, form) for load in run.loads if options.only in load.name]
+        members = write_members(Path(folder) / "members", form.strong, form.small, wider=form.wider)
+        campaign = Campaign(form, members, Path(folder), cores, progress)
+        campaign.measure(started(form, members), opened(members))
+    cases = [case_of(load, campaign.runs, form) for load in campaign.loads if options.only in load.name]
     for case in cases:
-        case.left_out |= run.left_out
+        case.left_out |= campaign.left_out
     settings = vars(form) | {"cores": vars(cores), "versions": _versions()}
     facts = {f"{name}_parameters": count for name, count in members.parameters.items()}
     for case in cases:
@@ -142,7 +144,8 @@ def campaign(
 
 
 NOTES_ON_WORK = [
-    "Members: zoo models with silent blocks on top, bfloat16; one expert; strategy dynamic; greedy; no compilation.",
+    "Members: zoo models with wider hidden states and silent blocks on top, bfloat16; one expert; strategy dynamic; "
+    "greedy; no compilation.",
     "Answers have as many tokens as the zoo's own, whatever is written: every server does the same work.",
 ]
 NOTES = [
@@ -322,8 +325,8 @@ def case_of(load: Load, runs: Mapping[str, Runs], form: Form) -> Case:
     arms = {arm: found[load.name] for arm, found in runs.items() if load.name in found}
     if all(arm in arms for arm in (STRONG, SMALL, TINY)):
         arms[PREDICTED] = [predicted(*one) for one in zip(arms[STRONG], arms[SMALL], arms[TINY], strict=True)]
-    known = sorted(arms, key=lambda arm: ARMS.index(arm) if arm in ARMS else len(ARMS))
-    arms = {arm: arms[arm] for arm in known}
+    ordered = sorted(arms, key=lambda arm: ARMS.index(arm) if arm in ARMS else len(ARMS))
+    arms = {arm: arms[arm] for arm in ordered}
     beside = tuple(name for name in BESIDE if name != figure)
     return Case(load.name, figure, unit, not load.is_open, STRONG, beside, settings=settings, runs=arms)
 

@@ -23,7 +23,7 @@ def section(folder: Path, page: Path) -> Iterator[str]:
     """Lines of the section, as it is to stand on `page`; raises InputError where the folder holds no results."""
     file, drafts = (_latest(folder, bench) for bench in ("serving", "served_drafts"))
     soak = folder / "soak.json"
-    if file is None and not soak.exists():
+    if file is None and drafts is None and not soak.exists():
         raise InputError(f"there are no results of a server in {folder}.", fix="run `make bench-serving`, `make soak`.")
     yield "Written by `python -m bench.serving_page`; do not edit. `make bench-serving` and `make soak` measure again."
     yield ""
@@ -32,13 +32,17 @@ def section(folder: Path, page: Path) -> Iterator[str]:
         yield INTERVALS
         yield ""
         yield from bar_rows({"serving": document}, BARS)
-        yield _machine(document)
-        yield ""
-        yield from bench_rows(document, file.with_suffix(".png"), page)
+        yield from _measured(file, document, page)
     if drafts is not None:
-        yield from bench_rows(harness.read_json(drafts), drafts.with_suffix(".png"), page)
+        yield from _measured(drafts, harness.read_json(drafts), page)
     if soak.exists():
         yield from _soak(harness.read_json(soak))
+
+
+def _measured(file: Path, document: Mapping[str, Any], page: Path) -> Iterator[str]:
+    yield _machine(document)
+    yield ""
+    yield from bench_rows(document, file.with_suffix(".png"), page)
 
 
 def _latest(folder: Path, bench: str) -> Path | None:

@@ -296,7 +296,11 @@ def test_a_disk_that_is_full_at_the_end_loses_no_row(fused_dir, tmp_path, capsys
     assert (summary.kept, summary.computed) == (2, 0)
 
 
-def test_rows_that_cannot_be_read_back_are_told_apart_from_the_output(fused_dir, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), json.JSONDecodeError("the disk is gone", "", 0)])
+def test_rows_that_cannot_be_read_back_are_told_apart_from_the_output(fused_dir, tmp_path, capsys, monkeypatch, error):
+    def broken(*_):
+        raise error
+
     source, target = write_rows(tmp_path / "in.jsonl", rows_of(2)), tmp_path / "out.jsonl"
     with monkeypatch.context() as patched:
         patched.setattr("trimtab.batch.rows.Outcome.from_line", broken)
@@ -304,10 +308,6 @@ def test_rows_that_cannot_be_read_back_are_told_apart_from_the_output(fused_dir,
     assert f"{target}.part cannot be read back: the disk is gone" in capsys.readouterr().err
     assert not target.exists()
     assert run_batch(fused_dir, source, target, TRANSFORMERS, HERE, mode="resume").kept == 2
-
-
-def broken(*_):
-    raise OSError("the disk is gone")
 
 
 def full(*_):

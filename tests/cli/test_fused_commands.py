@@ -400,4 +400,5 @@ def test_tasks_whose_data_cannot_be_had_are_told_so(run, fused_dir, monkeypatch,
     ran = run("eval", fused_dir, "--tasks", "facts", "--limit", "1")
     assert ran.code == 2
     assert "OfflineError: the data of a task cannot be had: Couldn't reach the hub" in ran.err
+    assert "connect, or ask for one of" in ran.err
     assert "those of the zoo need no network" in ran.err

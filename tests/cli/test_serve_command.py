@@ -118,16 +118,35 @@ def test_who_drafts_is_the_directorys_choice_unless_said_otherwise(run, copied, 
     assert "too small for drafts to pay" in remark("--draft", "facts", speculate=0)  # as with auto
 
 
-@pytest.mark.parametrize("word", ["--disable-hybrid-kv-cache-manager", "--disable_hybrid_kv_cache_manager"])
-def test_automatic_drafts_know_of_a_passed_flag_with_which_windows_are_masks(
-    run, fused_dir, port, monkeypatch, word
+ON, OFF = "--disable-hybrid-kv-cache-manager", "--no-disable-hybrid-kv-cache-manager"
+
+
+@pytest.mark.parametrize(
+    ("words", "are_masks"),
+    [
+        ([], False),
+        ([ON], True),
+        ([ON.replace("-", "_").replace("__", "--", 1)], True),
+        ([OFF], False),
+        ([ON, OFF], False),
+        ([OFF, ON], True),
+        (["--config", "on.yaml"], True),
+        (["--config=on.yaml"], True),
+        (["--config", "off.yaml"], False),
+        (["--config", "on.yaml", OFF], False),
+    ],
+)
+def test_automatic_drafts_know_of_what_makes_masks_of_windows(
+    run, fused_dir, port, tmp_path, monkeypatch, words, are_masks
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "on.yaml").write_text("disable_hybrid_kv_cache_manager: true\n")
+    (tmp_path / "off.yaml").write_text("disable-hybrid-kv-cache-manager: false\n")
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
-    monkeypatch.setattr("trimtab.serving.drafting._windows", lambda directory: {len(str(directory)), None})
-    words = ("serve", fused_dir, "--port", port, "--speculate", "auto")
-    assert "pass --disable-hybrid-kv-cache-manager" in run(*words).err
-    assert "drafts 4 tokens at a time" in run(*words, word).err
+    monkeypatch.setattr("trimtab.serving.drafting._windows", lambda directory: {4, None})
+    told = "drafts 4 tokens at a time" if are_masks else "Nobody drafts: some layers' attention has a sliding window"
+    check_refused(run("serve", fused_dir, "--port", port, "--speculate", "auto", *words), told, "vLLM is not installed")
 
 
 class Answering(http.server.BaseHTTPRequestHandler):

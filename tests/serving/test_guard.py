@@ -9,6 +9,7 @@ import pytest
 
 from trimtab.serving.guard import STEERED_PATHS, Guard
 from trimtab.serving.launch import is_local
+from trimtab.serving.requests import names_of_settings
 
 XARGS = {"vllm_xargs": {"alpha": 0.5}}
 
@@ -109,12 +110,15 @@ SETTINGS = {"alpha", "expert", "trace", "alpha_max", "alpha_step", "beta", "cont
 
 
 def test_settings_beside_their_place_are_refused_where_they_would_be_overlooked() -> None:
+    assert {*SETTINGS, "experts"} == set(names_of_settings())
     for path in STEERED_PATHS:
         for wrong in ({"experts": ["facts"]}, *({name: 1} for name in SETTINGS)):
             assert status_of(path, wrong) == 400, (path, wrong)
             assert status_of(path, wrong | XARGS) == 400, (path, wrong)
             assert status_of(path, {"vllm_xargs": wrong}) == 200, (path, wrong)
-        assert status_of(path, {"prompt": "alpha, expert", "alpha": None}) == 200, path
+        for nothing in ({"alpha": None}, {"trace": False}, {"trace": 0}, {"trace": "false"}):
+            assert status_of(path, {"prompt": 'alpha, "expert"', "metadata": {"weight": 1}} | nothing) == 200, path
+        assert status_of(path, {"alpha": 0}) == 400, path
     assert status_of("/tokenize", {"alpha": 0.5}) == 200
 
 

@@ -320,6 +320,9 @@ def test_automatic_drafts_go_without_where_windows_differ(folder, tmp_path, monk
     assert found.config is None
     assert found.remark.startswith("Nobody drafts: some layers' attention has a sliding window")
     assert translated(tmp_path / "all" / "fused", "auto", "prompt").config is not None
+    assert translated(tmp_path / "all" / "fused", "auto", "math", are_windows_masks=True).config is not None
+    monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 10**12)
+    assert "too small" in translated(tmp_path / "all" / "fused", "auto", "math", are_windows_masks=True).remark
     assert translated(tmp_path / "all" / "fused", 3, "math").config["num_speculative_tokens"] == 3
 
 

@@ -22,6 +22,7 @@ from trimtab.logits import references, saving, vocabulary
 from trimtab.logits.config import FusedConfig
 from trimtab.serving.drafting import Speculation, is_least_kept_too_long, translated
 from trimtab.serving.plan import make_plan
+from trimtab.serving.words import is_on
 
 AUTO, VLLM, TRANSFORMERS = "auto", "vllm", "transformers"
 ENGINES = (AUTO, VLLM, TRANSFORMERS)
@@ -319,7 +320,7 @@ def _drafting(
 
 def _translated(directory: Path, settings: Settings) -> Speculation:
     """What the directory's settings of speculation mean for vLLM with these options."""
-    return translated(directory, are_windows_masks=bool(settings.options.get("disable_hybrid_kv_cache_manager")))
+    return translated(directory, are_windows_masks=is_on(settings.options.get("disable_hybrid_kv_cache_manager")))
 
 
 def _against_drafts(row: Row) -> str | None:

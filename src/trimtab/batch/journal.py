@@ -63,18 +63,18 @@ class Journal:
     def outcomes(self, ids: Sequence[str]) -> Iterator[Outcome]:
         """The outcomes of these finished rows, in this order.
 
-        raises    TrimtabError when the disk does not give them back
+        raises    TrimtabError when the file has not kept them
         """
         try:
             with self.path.open("rb") as file:
                 for row_id in ids:
                     file.seek(self._places[row_id])
                     yield Outcome.from_line(file.readline())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise TrimtabError(
-                f"{self.path} cannot be read back: {error.strerror or error}.",
-                "All rows are finished, and kept there.",
-                "mend that, then run again with --resume.",
+                f"{self.path} cannot be read back: {getattr(error, 'strerror', None) or error}.",
+                "All rows were finished, and written there.",
+                "mend that, then run again with --resume: what cannot be read is computed again.",
             ) from error
 
     def sync(self) -> None:
@@ -101,7 +101,7 @@ class Journal:
                 left = left[self._file.write(left) :]
         except OSError as error:
             raise TrimtabError(
-                f"{self.path} cannot be written: {error.strerror}.",
+                f"{self.path} cannot be written: {error.strerror or error}.",
                 "Finished rows are kept there.",
                 "make room, then run again with --resume: what was finished is kept.",
             ) from error
@@ -174,7 +174,9 @@ def _open_locked(path: Path, mode: Mode) -> FileIO:
         ) from error
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written: {error.strerror}.", "Finished rows are kept there.", "choose another output."
+            f"{path} cannot be written: {error.strerror or error}.",
+            "Finished rows are kept there.",
+            "choose another output.",
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,7 @@ from typing import Any
 
 from trimtab.batch.rows import BrokenWorker, Finished, MakeWorker, Outcome, Row, RowError, answered, as_json, batches
 from trimtab.core.aside import stderr_aside
-from trimtab.core.errors import InputError, TrimtabError
+from trimtab.core.errors import InputError, TrimtabError, last_line
 
 TRIES = 2  # of a batch, and again of each of its rows alone
 RESTARTS = 100  # of one worker: one that dies while it is made would otherwise be made for ever
@@ -197,7 +197,7 @@ def _ray(asked: OnRay) -> Iterator[None]:
             yield
         except ray.exceptions.RayError as error:
             raise TrimtabError(
-                f"Ray gave up: {_last_line(error)}",
+                f"Ray gave up: {last_line(error)}",
                 "What was finished is kept.",
                 "run again with --resume; Ray's logs lie in /tmp/ray/session_latest/logs.",
             ) from error
@@ -237,16 +237,11 @@ def _start(ray: Any, asked: OnRay) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at {asked.address} cannot be reached" if asked.address else "Ray cannot be started"
         raise TrimtabError(
-            f"{where}: {_last_line(error)}",
+            f"{where}: {last_line(error)}",
             fix="check --address, and set RAY_AUTH_MODE=token where the cluster asks for its token."
             if asked.address
             else "run with --workers 0, or see /tmp/ray/session_latest/logs.",
         ) from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
 
 
 class _RayWords(io.TextIOBase):

@@ -15,7 +15,7 @@ from typing import Any
 
 from trimtab.cli import options, output
 from trimtab.core.aside import stderr_aside
-from trimtab.core.errors import InputError, OfflineError, UnknownName, unknown_name
+from trimtab.core.errors import InputError, OfflineError, UnknownName, last_line, unknown_name
 
 EXAMPLE = "trimtab eval --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts --tasks facts --limit 20"
 
@@ -116,11 +116,12 @@ def evaluate(
         done = simple_evaluate(
             model=model, tasks=list(asked.values()), task_manager=manager, limit=limit, bootstrap_iters=0
         )
-    except (ConnectionError, RequestException, http_error()) as error:  # of datasets, their scripts, and the hub
+    except (ConnectionError, RequestException, http_error()) as error:  # datasets; what tasks load by themselves; hub
+        is_answered = getattr(error, "response", None) is not None
         raise OfflineError(
-            f"the data of a task cannot be had: {error}.",
+            f"the data of a task cannot be had: {last_line(error)}",
             "Tasks of lm-evaluation-harness bring their data from the hub; those of the zoo need no network.",
-            f"connect, or ask for one of {', '.join(zoo.TASKS)}.",
+            f"{'do what that says' if is_answered else 'connect'}, or ask for one of {', '.join(zoo.TASKS)}.",
         ) from error
     back = {task: name for name, task in mine.items()}
     found = {

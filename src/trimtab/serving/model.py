@@ -138,7 +138,7 @@ def _refuse_unlike_windows(vllm_config: VllmConfig) -> None:
     windows = {layer.sliding_window for layer in layers if isinstance(layer, Attention)}
     if len(windows) > 1 and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise BadSetting(
-            "a member drafts, and some members' attention has a sliding window, others' has none or another one.",
+            "a member drafts, and some layers' attention has a sliding window, others' has none or another one.",
             "vLLM drafts only where all layers keep their key-value caches alike.",
             "pass disable_hybrid_kv_cache_manager=True (--disable-hybrid-kv-cache-manager).",
         )

@@ -11,13 +11,14 @@ Nothing here knows vLLM. A request comes as the `vllm_xargs` of its body, so val
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from trimtab.core.errors import BadSetting, unknown_name
 from trimtab.logits.settings import Setting, settings_of
 from trimtab.logits.strategy import Strategy, every_setting, make_strategy
 
+SETTINGS_OF_ALL = ("alpha", "expert", "experts", "trace")  # whatever the strategy
 LARGEST_SCALE = 10.0  # as for the alphas of strategies
 OF_THE_ENGINE = ("kv_transfer_params", "ec_transfer_params")  # objects that vLLM itself puts beside our settings
 LARGEST_NUMBER = sys.float_info.max
@@ -62,8 +63,10 @@ def _numbers_among(items: Iterable[Setting]) -> dict[str, Setting]:
     return {item.name: item for item in items if item.type.startswith("float") and item.name != "alpha"}
 
 
-SETTINGS_OF_ALL = ("alpha", "expert", "experts", "trace")  # whatever the strategy
-SETTING_NAMES = (*SETTINGS_OF_ALL, *_numbers_among(every_setting()))  # what some strategy lets a request set
+@cache
+def names_of_settings() -> tuple[str, ...]:
+    """What a request may set with one strategy or another."""
+    return (*SETTINGS_OF_ALL, *_numbers_among(every_setting()))
 
 
 def read_settings(given: Mapping[str, Any] | None, present: Strategy) -> RequestSettings:

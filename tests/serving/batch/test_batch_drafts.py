@@ -10,7 +10,7 @@ import torch
 import tiny
 from asking import chat, complete, read_rows, texts, write_rows
 from trimtab import FusedCausalLM
-from trimtab.batch.job import Place, Settings, run_batch
+from trimtab.batch.job import Place, Settings, make_answering, run_batch
 from trimtab.batch.vllm_engine import VllmEngine
 from trimtab.cli.main import main
 
@@ -106,16 +106,18 @@ def test_texts_of_one_length_only_are_drafted_too(fused_dir, tmp_path, engines):
     assert [row["response"]["body"]["usage"]["completion_tokens"] for row in theirs[-2:]] == [4, 4]
 
 
-@pytest.mark.parametrize("are_masks", [True, False])
-def test_automatic_drafts_know_of_an_option_with_which_windows_are_masks(fused_dir, tmp_path, monkeypatch, are_masks):
+@pytest.mark.parametrize(("option", "are_masks"), [(True, True), (False, False), ("False", False), ("yes", True)])
+def test_automatic_drafts_know_of_an_option_with_which_windows_are_masks(
+    fused_dir, tmp_path, monkeypatch, option, are_masks
+):
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
-    monkeypatch.setattr("trimtab.serving.drafting._windows", lambda directory: {len(str(directory)), None})
+    monkeypatch.setattr("trimtab.serving.drafting._windows", lambda directory: {4, None})
     shutil.copytree(fused_dir.parent, tmp_path / "all")
     file = tmp_path / "all" / "fused" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"speculate": "auto"}))
     source = write_rows(tmp_path / "in.jsonl", ROWS)
-    settings = Settings("vllm", options={"disable_hybrid_kv_cache_manager": are_masks})
+    settings = Settings("vllm", options={"disable_hybrid_kv_cache_manager": option})
     remark = "'math' drafts 4 tokens" if are_masks else "Nobody drafts: some layers' attention has a sliding window"
 
     def stop(said):
@@ -124,3 +126,14 @@ def test_automatic_drafts_know_of_an_option_with_which_windows_are_masks(fused_d
 
     with pytest.raises(KeyboardInterrupt):
         run_batch(tmp_path / "all" / "fused", source, tmp_path / "out.jsonl", settings, Place(0), tell=stop)
+    if are_masks:
+        given = []
+
+        def open_engine(*words):
+            given.extend(words)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("trimtab.batch.vllm_engine.VllmEngine", open_engine)
+        with pytest.raises(KeyboardInterrupt):
+            make_answering(tmp_path / "all" / "fused", settings, ("fused",), drafts=True)
+        assert given[2]["speculative_config"]["num_speculative_tokens"] == 4
