@@ -39,10 +39,16 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
 
 
+MEASURED = (".", ":(exclude)bench/results")
+
+
 def commit() -> str:
-    """The commit of the working tree, with a + where tracked files differ from it; empty outside a repository."""
+    """The commit of the working tree, with a + where tracked files differ from it; empty outside a repository.
+
+    Results do not count: each of several benches in a row leaves some.
+    """
     head = _git("rev-parse", "--short", "HEAD")
-    return f"{head}+" if head and _git("status", "--porcelain", "--untracked-files=no") else head
+    return f"{head}+" if head and _git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED) else head
 
 
 def _git(*words: str) -> str:

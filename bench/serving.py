@@ -11,12 +11,17 @@
     ours                         `trimtab serve` of the fused directory
     ours, the expert drafts      the same with `--speculate`
 
-Servers run one after the other, each alone, the model's threads on the same cores; vLLM's scheduler, HTTP and clients
-on the others.
-Requests arrive at rising rates (see `traffic`), the rates being shares of what the strong model can do at most; then so
-many at a time as the server runs together, which is its saturation. Every seed draws other prompts, the same for all.
+All servers are up, and one at a time is asked: for each seed one after the other, so that a slow minute of the machine
+meets all of them. A server that is not asked costs a percent of a core, and memory. The models' threads have the same
+cores; vLLM's scheduler, HTTP and clients the others.
+
+Requests arrive at rising rates (see `traffic`), the rates being shares of what the strong model can do at most. Then so
+many are under way at a time: at saturation twice as many as a server runs together. With as many as it runs, a place
+that gets free would stay so for a step, until the next request has come. Every seed draws other prompts, the same for
+all.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -25,7 +30,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,7 +71,7 @@ class Form:
     drafted         tokens of a draft
     shares          rates of arrival, as shares of the strong model's requests a second at saturation
     arriving        requests of one run at such a rate
-    at_a_time       numbers of requests under way, the largest being the saturation
+    at_a_time       numbers of requests under way, the largest being the saturation: a queue at every server
     turns           requests of one run at so many at a time, as multiples of it
     seeds           runs of each
     """
@@ -84,8 +88,8 @@ class Form:
     seeds: int
 
 
-QUICK = Form(300_000_000, 12_500_000, 4, 8, 4, (), 10, (8,), 2, 2)
-LONG = Form(300_000_000, 12_500_000, 4, 16, 4, (0.25, 0.75), 10, (4, 16), 2, 3)
+QUICK = Form(300_000_000, 12_500_000, 4, 8, 4, (), 10, (16,), 2, 2)
+LONG = Form(300_000_000, 12_500_000, 4, 16, 4, (0.25, 0.75), 10, (4, 16, 32), 2, 3)
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ Runs = dict[str, list[Record]]  # load -> its record of every seed
 
 
 class Campaign:
-    """All loads at one server after the other."""
+    """All loads at all servers."""
 
     def __init__(self, form: Form, members: Directories, folder: Path, cores: Cores, progress: Progress) -> None:
         self.form, self.members, self.folder, self.cores, self.progress = form, members, folder, cores, progress
@@ -245,49 +249,65 @@ class Campaign:
         self.loads = saturations(form)
 
     def measure(self, started: Mapping[str, Sequence[str]], opened: Mapping[str, Path]) -> None:
-        """Every arm; one whose server fails is left out with the reason, but the strong one, which sets the rates.
+        """Every arm; one that fails is left out with the reason, but the strong one, which sets the rates.
 
         started   arm -> the command of its server
         opened    arm -> the model whose steps are measured behind no server
         """
-        parts = {arm: partial(self._serve, arm, words) for arm, words in started.items()}
-        parts |= {arm: partial(self._steps, arm, model) for arm, model in opened.items()}
-        for arm, measured in parts.items():
-            try:
-                measured()
-            except TrimtabError as error:
-                if arm == STRONG:
-                    raise
-                print(f"left out: {arm}: {error}", file=sys.stderr)
-                self.left_out[arm] = str(error.found)[:200]
+        with contextlib.ExitStack() as stack:
+            servers: dict[str, Server] = {}
+            for arm, words in started.items():
+                with self._left_out_if_failing(arm):
+                    servers[arm] = self._start(stack, arm, words)
+            for load in saturations(self.form):
+                self._run(servers, load)
+            capacity = statistics.median(run["requests_per_second"] for run in self.runs[STRONG][SATURATION])
+            rising = arriving(self.form, capacity)
+            for load in rising:
+                self._run(servers, load)
+            self.loads = [*rising, *self.loads]
+        for arm, model in opened.items():
+            with self._left_out_if_failing(arm):
+                self._steps(arm, model)
+
+    @contextlib.contextmanager
+    def _left_out_if_failing(self, arm: str) -> Iterator[None]:
+        try:
+            yield
+        except TrimtabError as error:
+            if arm == STRONG:
+                raise
+            print(f"left out: {arm}: {error}", file=sys.stderr)
+            self.left_out[arm] = str(error.found)[:200]
+            self.runs.pop(arm, None)
+
+    def _start(self, stack: contextlib.ExitStack, arm: str, words: Sequence[str]) -> Server:
+        """A server that is up until the stack is left, and has answered before."""
+        self.progress(f"{arm}: starting")
+        server = stack.enter_context(served.running(words, self.folder / f"server-{arm.replace(' ', '-')}", self.cores))
+        with served.on(self.cores.others):
+            warm_up(server, self.form)
+        return server
+
+    def _run(self, servers: Mapping[str, Server], load: Load) -> None:
+        """A load at every server, in turn for each seed."""
+        for seed in range(self.form.seeds):
+            for arm in [arm for arm in servers if arm not in self.left_out]:
+                self.progress(f"{load.name}: seed {seed + 1} of {self.form.seeds}, {arm}")
+                with self._left_out_if_failing(arm), served.on(self.cores.others):
+                    record = run_once(servers[arm], load, seed)
+                    # A long run that is cut off has not measured for nothing.
+                    print(f"{arm}, {load.name}, seed {seed}: {json.dumps(record)}", file=sys.stderr, flush=True)
+                    self.runs.setdefault(arm, {}).setdefault(load.name, []).append(record)
 
     def _steps(self, arm: str, model: Path) -> None:
+        """Steps with as many rows as a server would run together."""
         self.progress(f"{arm}: steps")
-        rows = sorted(self.form.at_a_time)
-        found = served_steps.measured(model, self.members.expert, rows, self.form.seeds, self.cores)
+        rows = {load.name: min(load.at_a_time, self.form.rows) for load in saturations(self.form) if load.at_a_time}
+        expert, seeds = self.members.expert, self.form.seeds
+        found = served_steps.measured(model, expert, sorted(set(rows.values())), seeds, self.cores)
         print(f"{arm}: {json.dumps(found)}", file=sys.stderr, flush=True)
-        self.runs[arm] = {load.name: found[load.at_a_time] for load in saturations(self.form) if load.at_a_time}
-
-    def _serve(self, arm: str, words: Sequence[str]) -> None:
-        self.progress(f"{arm}: starting")
-        folder = self.folder / f"server-{arm.replace(' ', '-')}"
-        with served.running(words, folder, self.cores) as server, served.on(self.cores.others):
-            warm_up(server, self.form)
-            found = {load.name: self._repeat(server, arm, load) for load in saturations(self.form)}
-            if arm == STRONG:
-                capacity = statistics.median(record["requests_per_second"] for record in found[SATURATION])
-                self.loads = [*arriving(self.form, capacity), *self.loads]
-            found |= {load.name: self._repeat(server, arm, load) for load in self.loads if load.is_open}
-            self.runs[arm] = found
-
-    def _repeat(self, server: Server, arm: str, load: Load) -> list[Record]:
-        records = []
-        for seed in range(self.form.seeds):
-            self.progress(f"{arm}: {load.name}, {seed + 1} of {self.form.seeds}")
-            records.append(run_once(server, load, seed))
-            # A long run that is cut off has not measured for nothing.
-            print(f"{arm}, {load.name}, seed {seed}: {json.dumps(records[-1])}", file=sys.stderr, flush=True)
-        return records
+        self.runs[arm] = {name: found[number] for name, number in rows.items()}
 
 
 def warm_up(server: Server, form: Form) -> None:

@@ -40,9 +40,9 @@ def section(folder: Path, page: Path) -> Iterator[str]:
 
 
 def _measured(file: Path, document: Mapping[str, Any], page: Path) -> Iterator[str]:
+    yield from bench_rows(document, file.with_suffix(".png"), page)
     yield _machine(document)
     yield ""
-    yield from bench_rows(document, file.with_suffix(".png"), page)
 
 
 def _latest(folder: Path, bench: str) -> Path | None:
@@ -56,8 +56,8 @@ def _machine(document: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in (about["versions"] | told["versions"]).items())
     engine, others = (len(told["cores"][who]) for who in ("engine", "others"))
     return (
-        f"{about['name']}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {engine} for the "
-        f"model's threads, {others} for vLLM's scheduler, HTTP and clients; {versions}."
+        f"Measured on {about['name']}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {engine} for "
+        f"the model's threads, {others} for vLLM's scheduler, HTTP and clients; {versions}."
     )
 
 

@@ -177,7 +177,7 @@ def test_sizes_keep_their_ratio_when_another_strong_model_is_asked_for():
     assert (form.strong, form.small, form.seeds) == (30_000_000, 1_250_000, 1)
     for form in (serving.QUICK, serving.LONG):
         assert form.strong >= 20 * form.small
-        assert max(form.at_a_time) == form.rows
+        assert max(form.at_a_time) == 2 * form.rows
 
 
 # ---- page
