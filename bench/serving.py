@@ -12,8 +12,9 @@
     ours, the expert drafts      the same with `--speculate`
 
 All servers are up, and one at a time is asked: for each seed one after the other, so that a slow minute of the machine
-meets all of them. A server that is not asked costs a percent of a core, and memory. The models' threads have the same
-cores; vLLM's scheduler, HTTP and clients the others.
+meets all of them. A server that is not asked costs a percent of a core, and memory; one that was not asked for a while
+is slow at first, so a few requests that do not count go before each run. The models' threads have the same cores; vLLM's
+scheduler, HTTP and clients the others.
 
 Requests arrive at rising rates (see `traffic`), the rates being shares of what the strong model can do at most. Then so
 many are under way at a time: at saturation twice as many as a server runs together. With as many as it runs, a place
@@ -109,6 +110,9 @@ class Load:
     def is_open(self) -> bool:
         """Whether senders keep to the times at which requests are due."""
         return self.at_a_time is None
+
+
+AGAIN = Load("again", 4, at_a_time=4)  # goes before each run
 
 
 def measure(options: Options, progress: Progress) -> Findings:
@@ -295,6 +299,7 @@ class Campaign:
             for arm in [arm for arm in servers if arm not in self.left_out]:
                 self.progress(f"{load.name}: seed {seed + 1} of {self.form.seeds}, {arm}")
                 with self._left_out_if_failing(arm), served.on(self.cores.others):
+                    run_once(servers[arm], AGAIN, WARM_UP_SEED)
                     record = run_once(servers[arm], load, seed)
                     # A long run that is cut off has not measured for nothing.
                     print(f"{arm}, {load.name}, seed {seed}: {json.dumps(record)}", file=sys.stderr, flush=True)
