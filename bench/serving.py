@@ -13,8 +13,8 @@
 
 All servers are up, and one at a time is asked: for each seed one after the other, so that a slow minute of the machine
 meets all of them. A server that is not asked costs a percent of a core, and memory; one that was not asked for a while
-is slow at first, so a few requests that do not count go before each run. The models' threads have the same cores; vLLM's
-scheduler, HTTP and clients the others.
+is slow at first, so a few requests that do not count go before each run. The models' threads have the same cores;
+vLLM's scheduler, HTTP and clients the others.
 
 Requests arrive at rising rates (see `traffic`), the rates being shares of what the strong model can do at most. Then so
 many are under way at a time: at saturation twice as many as a server runs together. With as many as it runs, a place
