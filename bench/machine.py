@@ -12,6 +12,7 @@ import torch
 
 PACKAGES = ("trimtab", "torch", "transformers", "peft")
 ROOT = Path(__file__).parent.parent
+MEASURED = (".", ":(exclude)bench/results")  # what a commit stands for
 
 
 def describe(name: str = "") -> dict[str, Any]:
@@ -37,9 +38,6 @@ def describe(name: str = "") -> dict[str, Any]:
 def now() -> str:
     """Date and time, UTC, to the minute."""
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-
-
-MEASURED = (".", ":(exclude)bench/results")
 
 
 def commit() -> str:

@@ -80,9 +80,15 @@ class Server:
             return False
 
     def metrics(self) -> dict[str, float]:
-        """Sums over labels of all that /metrics counts: {"vllm:num_requests_running": 0.0, ...}."""
-        with urllib.request.urlopen(f"{self.root}/metrics", timeout=60) as answer:
-            return read_metrics(answer.read().decode())
+        """Sums over labels of all that /metrics counts: {"vllm:num_requests_running": 0.0, ...}.
+
+        raises    TrimtabError where it does not answer
+        """
+        try:
+            with urllib.request.urlopen(f"{self.root}/metrics", timeout=60) as answer:
+                return read_metrics(answer.read().decode())
+        except (urllib.error.URLError, OSError) as error:
+            raise TrimtabError(f"a server does not answer at /metrics: {error}.", fix="look into its log.") from error
 
     def memory_bytes(self) -> int:
         """Memory of the process and its children; what they share counts once (PSS)."""

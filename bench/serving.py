@@ -12,8 +12,8 @@
     ours, the expert drafts      the same with `--speculate`
 
 All servers are up, and one at a time is asked: for each seed one after the other, so that a slow minute of the machine
-meets all of them. A server that is not asked costs a percent of a core, and memory; one that was not asked for a while
-is slow at first, so a few requests that do not count go before each run. The models' threads have the same cores;
+meets all of them. A server that is not asked costs memory, and next to no time; one that was not asked for a while is
+slow at first, so a few requests that do not count go before each run. The models' threads have the same cores;
 vLLM's scheduler, HTTP and clients the others.
 
 Requests arrive at rising rates (see `traffic`), the rates being shares of what the strong model can do at most. Then so
@@ -161,7 +161,7 @@ NOTES = [
     "Times to the first token count from when a request was due. Waits between tokens: a piece of several tokens, as "
     "drafts bring, is shared among them. engine itl: the same by the engine's clock, piece by piece.",
     "Small members alone are faster than HTTP and clients can follow: their steps are measured behind no server, with "
-    "as many rows at every step as there are clients.",
+    "as many rows at every step as the servers run together.",
     "Members in one engine: a step of the strong model, and twice that of a small member less that of the tiny one. "
     "What any step costs beside its model counts once; the tiny member's own part is left out, so that the prediction "
     "is a little too fast, and what is measured against it a little too low.",
@@ -275,12 +275,16 @@ class Campaign:
                 self._steps(arm, model)
 
     @contextlib.contextmanager
-    def _left_out_if_failing(self, arm: str) -> Iterator[None]:
+    def _left_out_if_failing(self, arm: str, server: Server | None = None) -> Iterator[None]:
+        """An arm that fails is left out; its server is stopped, so that what it still computes disturbs nobody."""
         try:
             yield
         except TrimtabError as error:
             if arm == STRONG:
                 raise
+            if server is not None:
+                print(f"The end of its log:\n{server.last_lines()}", file=sys.stderr)
+                served.stop(server.process)
             print(f"left out: {arm}: {error}", file=sys.stderr)
             self.left_out[arm] = str(error.found)[:200]
             self.runs.pop(arm, None)
@@ -298,7 +302,7 @@ class Campaign:
         for seed in range(self.form.seeds):
             for arm in [arm for arm in servers if arm not in self.left_out]:
                 self.progress(f"{load.name}: seed {seed + 1} of {self.form.seeds}, {arm}")
-                with self._left_out_if_failing(arm), served.on(self.cores.others):
+                with self._left_out_if_failing(arm, servers[arm]), served.on(self.cores.others):
                     run_once(servers[arm], AGAIN, WARM_UP_SEED)
                     record = run_once(servers[arm], load, seed)
                     # A long run that is cut off has not measured for nothing.

@@ -296,8 +296,17 @@ def test_a_disk_that_is_full_at_the_end_loses_no_row(fused_dir, tmp_path, capsys
     assert (summary.kept, summary.computed) == (2, 0)
 
 
-@pytest.mark.parametrize("error", [OSError("the disk is gone"), json.JSONDecodeError("the disk is gone", "", 0)])
-def test_rows_that_cannot_be_read_back_are_told_apart_from_the_output(fused_dir, tmp_path, capsys, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError("the disk is gone"), "the disk is gone"),
+        (json.JSONDecodeError("no value", "", 0), "a line is no finished row any more"),
+        (KeyError("id"), "a line is no finished row any more"),
+    ],
+)
+def test_rows_that_cannot_be_read_back_are_told_apart_from_the_output(
+    fused_dir, tmp_path, capsys, monkeypatch, error, why
+):
     def broken(*_):
         raise error
 
@@ -305,7 +314,7 @@ def test_rows_that_cannot_be_read_back_are_told_apart_from_the_output(fused_dir,
     with monkeypatch.context() as patched:
         patched.setattr("trimtab.batch.rows.Outcome.from_line", broken)
         assert batch(fused_dir, source, target) == 1
-    assert f"{target}.part cannot be read back: the disk is gone" in capsys.readouterr().err
+    assert f"{target}.part cannot be read back: {why}." in capsys.readouterr().err
     assert not target.exists()
     assert run_batch(fused_dir, source, target, TRANSFORMERS, HERE, mode="resume").kept == 2
 

@@ -1,19 +1,21 @@
 """The bench of servers: members on disk, loads, what is predicted and judged, and its section of the page."""
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from bench.bars import MET, MISSED
 from bench.harness import Findings, Options, ratios
+from bench.served import share_cores
 from bench.served_members import EXPERT, Directories, level
 from bench.serving import Form, Load
 from transformers import AutoModelForCausalLM
 
 from bench import harness, report, served_drafts, served_members, serving, serving_page, soak
 from trimtab import FusedCausalLM
-from trimtab.core.errors import BadSetting, InputError
+from trimtab.core.errors import BadSetting, InputError, TrimtabError
 from trimtab.zoo import resolve
 from trimtab.zoo.inflation import count_parameters
 
@@ -26,7 +28,7 @@ FORM = Form(
     drafted=3,
     shares=(0.5, 0.25),
     arriving=4,
-    at_a_time=(8, 2),
+    at_a_time=(16, 2),
     turns=2,
     seeds=2,
 )
@@ -104,7 +106,59 @@ def test_loads_rise_to_saturation():
     ]
     few, full = serving.saturations(FORM)
     assert (few.name, few.at_a_time, few.count, few.is_open) == ("2 at a time", 2, 4, False)
-    assert (full.name, full.at_a_time, full.count, full.rate) == (serving.SATURATION, 8, 16, math.inf)
+    assert (full.name, full.at_a_time, full.count, full.rate) == (serving.SATURATION, 16, 32, math.inf)
+
+
+def test_servers_are_asked_in_turn_and_one_that_fails_is_stopped_and_left_out(tmp_path, monkeypatch, capsys):
+    asked, stopped, told = [], [], {}
+
+    class Up:
+        def __init__(self, arm):
+            self.arm, self.process = arm, arm
+
+        def last_lines(self):
+            return f"log of {self.arm}"
+
+    @contextmanager
+    def running(words, folder, cores):
+        yield Up(words[0])
+
+    def run_once(server, load, seed):
+        asked.append((load.name, seed, server.arm))
+        if server.arm == "failing" and load.name == serving.SATURATION and seed == 1:
+            raise TrimtabError("it is gone")
+        return rate(2.0, requests_per_second=8.0)
+
+    def steps(model, tokenizer, rows, repeats, cores):
+        told[model] = rows
+        return {number: [rate(float(number))] * repeats for number in rows}
+
+    monkeypatch.setattr("bench.served.running", running)
+    monkeypatch.setattr("bench.served.stop", stopped.append)
+    monkeypatch.setattr("bench.served_steps.measured", steps)
+    monkeypatch.setattr(serving, "run_once", run_once)
+    members = Directories(*(Path(name) for name in ("strong", "base", "expert", "fused", "tiny")), {})
+    campaign = serving.Campaign(FORM, members, tmp_path, share_cores(), lambda text: None)
+    arms = (serving.STRONG, "failing", "other")
+    campaign.measure({arm: [arm] for arm in arms}, {serving.SMALL: Path("small")})
+    counted = [one for one in asked if one[1] != serving.WARM_UP_SEED]
+    first = [("2 at a time", seed, arm) for seed in range(2) for arm in arms]
+    second = [(serving.SATURATION, seed, arm) for seed in range(2) for arm in arms]
+    rising = [(f"{s} of the capacity", seed, arm) for s in ("0.25", "0.5") for seed in range(2) for arm in arms[::2]]
+    assert counted == [*first, *second, *rising]
+    before = [asked[place - 1] for place, one in enumerate(asked) if one[1] != serving.WARM_UP_SEED]
+    assert all((name, seed) == ("again", serving.WARM_UP_SEED) for name, seed, _ in before)
+    assert list(campaign.left_out) == ["failing"]
+    assert stopped == ["failing"]
+    assert "log of failing" in capsys.readouterr().err
+    assert [load.name for load in campaign.loads] == [
+        *(f"{s} of the capacity" for s in ("0.25", "0.5")),
+        "2 at a time",
+        serving.SATURATION,
+    ]
+    assert told == {Path("small"): [2, 8]}
+    assert list(campaign.runs) == [serving.STRONG, "other", serving.SMALL]
+    assert campaign.runs[serving.SMALL][serving.SATURATION][0]["tokens_per_second"] == 8.0
 
 
 def test_times_add_up():

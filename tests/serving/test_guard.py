@@ -117,7 +117,7 @@ def test_settings_beside_their_place_are_refused_where_they_would_be_overlooked(
             assert status_of(path, wrong | XARGS) == 400, (path, wrong)
             assert status_of(path, {"vllm_xargs": wrong}) == 200, (path, wrong)
         for nothing in ({"alpha": None}, {"trace": False}, {"trace": 0}, {"trace": "false"}):
-            assert status_of(path, {"prompt": 'alpha, "expert"', "metadata": {"weight": 1}} | nothing) == 200, path
+            assert status_of(path, {"prompt": ["expert"], "metadata": {"weight": 1}} | nothing) == 200, path
         assert status_of(path, {"alpha": 0}) == 400, path
     assert status_of("/tokenize", {"alpha": 0.5}) == 200
 

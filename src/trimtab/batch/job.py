@@ -22,7 +22,7 @@ from trimtab.logits import references, saving, vocabulary
 from trimtab.logits.config import FusedConfig
 from trimtab.serving.drafting import Speculation, is_least_kept_too_long, translated
 from trimtab.serving.plan import make_plan
-from trimtab.serving.words import is_on
+from trimtab.serving.truth import is_on
 
 AUTO, VLLM, TRANSFORMERS = "auto", "vllm", "transformers"
 ENGINES = (AUTO, VLLM, TRANSFORMERS)

@@ -70,11 +70,12 @@ class Journal:
                 for row_id in ids:
                     file.seek(self._places[row_id])
                     yield Outcome.from_line(file.readline())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = (error.strerror or error) if isinstance(error, OSError) else "a line is no finished row any more"
             raise TrimtabError(
-                f"{self.path} cannot be read back: {getattr(error, 'strerror', None) or error}.",
+                f"{self.path} cannot be read back: {why}.",
                 "All rows were finished, and written there.",
-                "mend that, then run again with --resume: what cannot be read is computed again.",
+                "run again with --resume: what can be read is kept, the rest is computed again.",
             ) from error
 
     def sync(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from trimtab.cli import options, output
 from trimtab.core.aside import stderr_aside
-from trimtab.core.errors import InputError, OfflineError, UnknownName, last_line, unknown_name
+from trimtab.core.errors import InputError, OfflineError, UnknownName, lines_of, unknown_name
 
 EXAMPLE = "trimtab eval --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts --tasks facts --limit 20"
 
@@ -116,12 +116,13 @@ def evaluate(
         done = simple_evaluate(
             model=model, tasks=list(asked.values()), task_manager=manager, limit=limit, bootstrap_iters=0
         )
-    except (ConnectionError, RequestException, http_error()) as error:  # datasets; what tasks load by themselves; hub
+    except (ConnectionError, RequestException, http_error()) as error:  # raised by datasets, by tasks, by the hub
         is_answered = getattr(error, "response", None) is not None
+        fix = "try again later, or see to the name of the data and to your access to it" if is_answered else "connect"
         raise OfflineError(
-            f"the data of a task cannot be had: {last_line(error)}",
+            f"the data of a task cannot be had: {' '.join(lines_of(error))}",
             "Tasks of lm-evaluation-harness bring their data from the hub; those of the zoo need no network.",
-            f"{'do what that says' if is_answered else 'connect'}, or ask for one of {', '.join(zoo.TASKS)}.",
+            f"{fix}, or ask for one of {', '.join(zoo.TASKS)}.",
         ) from error
     back = {task: name for name, task in mine.items()}
     found = {

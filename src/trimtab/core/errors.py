@@ -84,7 +84,15 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     return UnknownName(f"there is no {kind} '{name}'.", f"Known: {', '.join(names)}.", fix)
 
 
+def lines_of(error: BaseException) -> list[str]:
+    """What a foreign error says, without blank lines and links to read on; its name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return [line for line in lines if line and not line.startswith(READ_ON)] or [type(error).__name__]
+
+
 def last_line(error: BaseException) -> str:
-    """What a foreign error says at its end, or its name where it says nothing: libraries put the gist there."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    """The end of what a foreign error says: of a long one from another process the only part that is its own."""
+    return lines_of(error)[-1]
+
+
+READ_ON = ("For more information", "For more details")  # of HTTP libraries and the hub's

@@ -140,7 +140,7 @@ def _why_not_can(bodies: Sequence[Path], rule: str) -> str | None:
         return None
     return (
         "some layers' attention has a sliding window, others' has none or another one "
-        "(with vLLM's disable_hybrid_kv_cache_manager they would not matter)"
+        "(set vLLM's option disable_hybrid_kv_cache_manager to let members draft)"
     )
 
 

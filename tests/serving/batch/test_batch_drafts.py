@@ -134,6 +134,8 @@ def test_automatic_drafts_know_of_an_option_with_which_windows_are_masks(
             raise KeyboardInterrupt
 
         monkeypatch.setattr("trimtab.batch.vllm_engine.VllmEngine", open_engine)
-        with pytest.raises(KeyboardInterrupt):
-            make_answering(tmp_path / "all" / "fused", settings, ("fused",), drafts=True)
+        for drafts in (True, False):
+            with pytest.raises(KeyboardInterrupt):
+                make_answering(tmp_path / "all" / "fused", settings, ("fused",), drafts)
         assert given[2]["speculative_config"]["num_speculative_tokens"] == 4
+        assert "speculative_config" not in given[5]
