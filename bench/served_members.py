@@ -4,9 +4,9 @@ A configuration has one MLP width, and inflated blocks are wider than the zoo's 
 to the same size, by columns whose output is zero: every block costs the same, and the logits stay what they were.
 
 Size from the MLP alone would make blocks of a shape that nobody's model has: 70 to 94 columns of the MLP to each
-dimension of the hidden state. With many rows at a step, activations and narrow products would then decide. So the hidden
-state is widened first, by dimensions that hold zeros; to each of them there are 4 to 6 columns then, where real models
-have 3 to 5.
+dimension of the hidden state. With many rows at a step, activations and narrow products would then decide. So the
+hidden state is widened first, by dimensions that hold zeros; to each of them there are 4 to 6 columns then, where real
+models have 3 to 5.
 """
 
 import math
