@@ -91,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "name", choices=(*BENCHES, *IN_VLLM, "all", "report"), help="which bench; report writes the page"
     )
-    parser.add_argument("--quick", dest="is_quick", action="store_true", help="a small form, under two minutes")
+    parser.add_argument(
+        "--quick",
+        dest="is_quick",
+        action="store_true",
+        help="a small form, under two minutes; five where servers start",
+    )
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder of the results")
     parser.add_argument("--threads", type=_count, help="threads of torch (default: one per core)")
     parser.add_argument("--repeats", type=_count, help="how often each arm runs (default: the bench's own)")

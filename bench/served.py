@@ -1,6 +1,7 @@
 """A server in a process of its own: started, awaited, looked at, stopped. What it logs is shown when it fails."""
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -87,7 +88,7 @@ class Server:
         try:
             with urllib.request.urlopen(f"{self.root}/metrics", timeout=60) as answer:
                 return read_metrics(answer.read().decode())
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise TrimtabError(f"a server does not answer at /metrics: {error}.", fix="look into its log.") from error
 
     def memory_bytes(self) -> int:

@@ -24,8 +24,7 @@ def measure(options: Options, progress: Progress) -> Findings:
     lengths = QUICK_LENGTHS if options.is_quick else LENGTHS
     started = partial(commands, lengths=lengths)
     found = serving.run_campaign("Drafts under load", NOTES, form, options, progress, started)
-    del found.settings["drafted"]
-    found.settings["lengths"] = list(lengths)
+    found.settings["drafted"] = list(lengths)
     return found
 
 

@@ -251,6 +251,8 @@ class Campaign:
         self.runs: dict[str, Runs] = {}
         self.left_out: dict[str, str] = {}
         self.loads = saturations(form)
+        self.servers: dict[str, Server] = {}
+        self._up: dict[str, contextlib.ExitStack] = {}  # arm -> what stops its server
 
     def measure(self, started: Mapping[str, Sequence[str]], opened: Mapping[str, Path]) -> None:
         """Every arm; one that fails is left out with the reason, but the strong one, which sets the rates.
@@ -259,52 +261,52 @@ class Campaign:
         opened    arm -> the model whose steps are measured behind no server
         """
         with contextlib.ExitStack() as stack:
-            servers: dict[str, Server] = {}
             for arm, words in started.items():
+                self._up[arm] = stack.enter_context(contextlib.ExitStack())
                 with self._left_out_if_failing(arm):
-                    servers[arm] = self._start(stack, arm, words)
+                    self._start(arm, words)
             for load in saturations(self.form):
-                self._run(servers, load)
+                self._run(load)
             capacity = statistics.median(run["requests_per_second"] for run in self.runs[STRONG][SATURATION])
             rising = arriving(self.form, capacity)
             for load in rising:
-                self._run(servers, load)
+                self._run(load)
             self.loads = [*rising, *self.loads]
         for arm, model in opened.items():
             with self._left_out_if_failing(arm):
                 self._steps(arm, model)
 
     @contextlib.contextmanager
-    def _left_out_if_failing(self, arm: str, server: Server | None = None) -> Iterator[None]:
+    def _left_out_if_failing(self, arm: str) -> Iterator[None]:
         """An arm that fails is left out; its server is stopped, so that what it still computes disturbs nobody."""
         try:
             yield
         except TrimtabError as error:
             if arm == STRONG:
                 raise
-            if server is not None:
-                print(f"The end of its log:\n{server.last_lines()}", file=sys.stderr)
-                served.stop(server.process)
             print(f"left out: {arm}: {error}", file=sys.stderr)
+            if arm in self.servers:
+                print(f"The end of its log:\n{self.servers.pop(arm).last_lines()}", file=sys.stderr)
+                self._up[arm].close()
             self.left_out[arm] = str(error.found)[:200]
             self.runs.pop(arm, None)
 
-    def _start(self, stack: contextlib.ExitStack, arm: str, words: Sequence[str]) -> Server:
-        """A server that is up until the stack is left, and has answered before."""
+    def _start(self, arm: str, words: Sequence[str]) -> None:
+        """A server that is up, and has answered before."""
         self.progress(f"{arm}: starting")
-        server = stack.enter_context(served.running(words, self.folder / f"server-{arm.replace(' ', '-')}", self.cores))
+        folder = self.folder / f"server-{arm.replace(' ', '-')}"
+        self.servers[arm] = self._up[arm].enter_context(served.running(words, folder, self.cores))
         with served.on(self.cores.others):
-            warm_up(server, self.form)
-        return server
+            warm_up(self.servers[arm], self.form)
 
-    def _run(self, servers: Mapping[str, Server], load: Load) -> None:
+    def _run(self, load: Load) -> None:
         """A load at every server, in turn for each seed."""
         for seed in range(self.form.seeds):
-            for arm in [arm for arm in servers if arm not in self.left_out]:
+            for arm, server in tuple(self.servers.items()):
                 self.progress(f"{load.name}: seed {seed + 1} of {self.form.seeds}, {arm}")
-                with self._left_out_if_failing(arm, servers[arm]), served.on(self.cores.others):
-                    run_once(servers[arm], AGAIN, WARM_UP_SEED)
-                    record = run_once(servers[arm], load, seed)
+                with self._left_out_if_failing(arm), served.on(self.cores.others):
+                    run_once(server, AGAIN, WARM_UP_SEED)
+                    record = run_once(server, load, seed)
                     # A long run that is cut off has not measured for nothing.
                     print(f"{arm}, {load.name}, seed {seed}: {json.dumps(record)}", file=sys.stderr, flush=True)
                     self.runs.setdefault(arm, {}).setdefault(load.name, []).append(record)

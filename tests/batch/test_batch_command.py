@@ -302,6 +302,7 @@ def test_a_disk_that_is_full_at_the_end_loses_no_row(fused_dir, tmp_path, capsys
         (OSError("the disk is gone"), "the disk is gone"),
         (json.JSONDecodeError("no value", "", 0), "a line is no finished row any more"),
         (KeyError("id"), "a line is no finished row any more"),
+        (TypeError("no object"), "a line is no finished row any more"),
     ],
 )
 def test_rows_that_cannot_be_read_back_are_told_apart_from_the_output(

@@ -122,9 +122,14 @@ def test_servers_are_asked_in_turn_and_one_that_fails_is_stopped_and_left_out(tm
     @contextmanager
     def running(words, folder, cores):
         yield Up(words[0])
+        stopped.append(words[0])
 
     def run_once(server, load, seed):
-        asked.append((load.name, seed, server.arm))
+        if load.name == "warm-up":
+            if server.arm == "cold":
+                raise TrimtabError("it never answers")
+            return rate(2.0)
+        asked.append((load.name, seed, server.arm, tuple(stopped)))
         if server.arm == "failing" and load.name == serving.SATURATION and seed == 1:
             raise TrimtabError("it is gone")
         return rate(2.0, requests_per_second=8.0)
@@ -134,13 +139,15 @@ def test_servers_are_asked_in_turn_and_one_that_fails_is_stopped_and_left_out(tm
         return {number: [rate(float(number))] * repeats for number in rows}
 
     monkeypatch.setattr("bench.served.running", running)
-    monkeypatch.setattr("bench.served.stop", stopped.append)
     monkeypatch.setattr("bench.served_steps.measured", steps)
     monkeypatch.setattr(serving, "run_once", run_once)
     members = Directories(*(Path(name) for name in ("strong", "base", "expert", "fused", "tiny")), {})
     campaign = serving.Campaign(FORM, members, tmp_path, share_cores(), lambda text: None)
     arms = (serving.STRONG, "failing", "other")
-    campaign.measure({arm: [arm] for arm in arms}, {serving.SMALL: Path("small")})
+    campaign.measure({arm: [arm] for arm in (*arms, "cold")}, {serving.SMALL: Path("small")})
+    assert asked[0][3] == ("cold",)
+    assert asked[-1][3] == ("cold", "failing")
+    asked = [one[:3] for one in asked]
     counted = [one for one in asked if one[1] != serving.WARM_UP_SEED]
     first = [("2 at a time", seed, arm) for seed in range(2) for arm in arms]
     second = [(serving.SATURATION, seed, arm) for seed in range(2) for arm in arms]
@@ -148,8 +155,8 @@ def test_servers_are_asked_in_turn_and_one_that_fails_is_stopped_and_left_out(tm
     assert counted == [*first, *second, *rising]
     before = [asked[place - 1] for place, one in enumerate(asked) if one[1] != serving.WARM_UP_SEED]
     assert all((name, seed) == ("again", serving.WARM_UP_SEED) for name, seed, _ in before)
-    assert list(campaign.left_out) == ["failing"]
-    assert stopped == ["failing"]
+    assert list(campaign.left_out) == ["cold", "failing"]
+    assert sorted(stopped) == sorted((*arms, "cold"))
     assert "log of failing" in capsys.readouterr().err
     assert [load.name for load in campaign.loads] == [
         *(f"{s} of the capacity" for s in ("0.25", "0.5")),

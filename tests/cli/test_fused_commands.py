@@ -401,6 +401,7 @@ def test_tasks_whose_data_cannot_be_had_are_told_so(run, fused_dir, monkeypatch,
     assert ran.code == 2
     assert "OfflineError: the data of a task cannot be had: Couldn't reach the hub" in ran.err
     assert "connect, or ask for one of" in ran.err
+    assert "those of the zoo need no network" in ran.err
 
 
 def test_who_refuses_the_data_of_a_task_is_told_with_what_to_do(run, fused_dir, monkeypatch) -> None:

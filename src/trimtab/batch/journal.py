@@ -65,17 +65,18 @@ class Journal:
 
         raises    TrimtabError when the file has not kept them
         """
+        places = [self._places[row_id] for row_id in ids]
         try:
             with self.path.open("rb") as file:
-                for row_id in ids:
-                    file.seek(self._places[row_id])
+                for place in places:
+                    file.seek(place)
                     yield Outcome.from_line(file.readline())
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = (error.strerror or error) if isinstance(error, OSError) else "a line is no finished row any more"
             raise TrimtabError(
                 f"{self.path} cannot be read back: {why}.",
                 "All rows were finished, and written there.",
-                "run again with --resume: what can be read is kept, the rest is computed again.",
+                "mend the disk where it failed, then run again with --resume: what can be read is kept.",
             ) from error
 
     def sync(self) -> None:

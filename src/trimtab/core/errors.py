@@ -84,6 +84,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     return UnknownName(f"there is no {kind} '{name}'.", f"Known: {', '.join(names)}.", fix)
 
 
+READ_ON = ("For more information", "For more details")  # of HTTP libraries and the hub's
+
+
 def lines_of(error: BaseException) -> list[str]:
     """What a foreign error says, without blank lines and links to read on; its name where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines()]
@@ -93,6 +96,3 @@ def lines_of(error: BaseException) -> list[str]:
 def last_line(error: BaseException) -> str:
     """The end of what a foreign error says: of a long one from another process the only part that is its own."""
     return lines_of(error)[-1]
-
-
-READ_ON = ("For more information", "For more details")  # of HTTP libraries and the hub's
