@@ -20,7 +20,7 @@ def main():
     found = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
     if job["options"].get("tensor_parallel_size", 1) > 1:
         found["gathered"] = llm.apply_model(without_gather)
-    sys.stdout.write(f"{MARK}{json.dumps(found)}\n")
+    sys.stdout.write(f"\n{MARK}{json.dumps(found)}\n")  # on a line of its own, whatever was said before
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def wanted(members):
     return prompts, expected(members[1], prompts)
 
 
-def started(folder, prompts, timeout=500, **options):
+def started(folder, prompts, timeout=300, **options):
     """What an engine of its own says to these prompts, and what it wrote meanwhile."""
     job = {"directory": str(folder / "fused"), "options": options, "prompts": prompts, "max_tokens": 24}
     environment = {
@@ -50,13 +51,21 @@ def started(folder, prompts, timeout=500, **options):
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of functions that tests send to the workers
         "VLLM_LOGGING_LEVEL": "INFO",
     }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "separately.py")],
-        input=json.dumps(job), capture_output=True, text=True, env=environment, timeout=timeout, check=False,
-    )  # fmt: skip
-    said = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    assert said, done.stderr[-3000:]
-    return json.loads(said[0].removeprefix(MARK)), done.stdout + done.stderr
+    log = folder / "engine.log"  # a file, so that an engine that hangs is heard as well
+    command = [sys.executable, str(HERE / "separately.py")]
+    with log.open("w") as writing:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=writing, stderr=writing, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.communicate(json.dumps(job), timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started, which spin on
+            process.wait()
+    said = [line for line in log.read_text().splitlines() if line.startswith(MARK)]
+    assert said, log.read_text()[-3000:]
+    return json.loads(said[0].removeprefix(MARK)), log.read_text()
 
 
 def check(members, found, wanted):
