@@ -16,6 +16,14 @@ def pytest_itemcollected(item) -> None:
         item.add_marker(pytest.mark.xdist_group("http" if place.parts[0] == "http" else str(place)))
 
 
+def pytest_collection_finish(session) -> None:
+    """pytest-xdist 3.8 leaves groups out without a word under pytest 9.2: then every server starts twice."""
+    if getattr(session.config.option, "loadgroup", False):
+        loose = [item.nodeid for item in session.items if "@" not in item.nodeid]
+        if loose:
+            raise pytest.UsageError(f"'--dist loadgroup' groups nothing: {loose[0]}, and {len(loose) - 1} more")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Drafters are written to a cache of this run's own."""
