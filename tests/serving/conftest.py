@@ -16,12 +16,15 @@ def pytest_itemcollected(item) -> None:
         item.add_marker(pytest.mark.xdist_group("http" if place.parts[0] == "http" else str(place)))
 
 
-def pytest_collection_finish(session) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids) -> None:
     """pytest-xdist 3.8 leaves groups out without a word under pytest 9.2: then every server starts twice."""
-    if getattr(session.config.option, "loadgroup", False):
-        loose = [item.nodeid for item in session.items if "@" not in item.nodeid]
-        if loose:
-            raise pytest.UsageError(f"'--dist loadgroup' groups nothing: {loose[0]}, and {len(loose) - 1} more")
+    loose = [name for name in ids if name.startswith("tests/serving/") and "@" not in name.rpartition("]")[2]]
+    if node.config.getoption("dist") == "loadgroup" and loose:
+        raise pytest.UsageError(
+            f"'--dist loadgroup' groups nothing: '{loose[0]}' has no group, nor have {len(loose) - 1} others. "
+            "Expected: a group behind each name. Install pytest as constraints-vllm.txt says."
+        )
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,7 +20,8 @@ def main():
     found = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
     if job["options"].get("tensor_parallel_size", 1) > 1:
         found["gathered"] = llm.apply_model(without_gather)
-    sys.stdout.write(f"\n{MARK}{json.dumps(found)}\n")  # on a line of its own, whatever was said before
+    sys.stdout.write(f"\n{MARK}{json.dumps(found)}\n")  # on a line of its own: a progress bar may end without one
+    sys.stdout.flush()  # heard even if the engine hangs at its end
 
 
 if __name__ == "__main__":

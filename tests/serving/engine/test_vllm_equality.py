@@ -66,9 +66,32 @@ def test_zoo_prompts_with_cached_prefixes_and_prompts_in_pieces(zoo, prompts, wa
 
 def check_drafts_counted(llm):
     """Drafts were made; some stood, and not all: both ways were walked."""
-    found = counters(llm)
-    drafted, stood = (found[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    _, drafted, stood = drafts_of(llm)
     assert 0 < stood < drafted
+
+
+def drafts_of(llm):
+    """What was counted so far: drafts, drafted tokens, those that stood."""
+    found = counters(llm)
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    return torch.tensor([found[f"vllm:spec_decode_num_{name}"] for name in names])
+
+
+def check_drafts_end_with_texts(llm, fused, prompts, wanted, may_be_short):
+    """No token is drafted for which a text has no room, or behind an end that was drafted."""
+    before = drafts_of(llm)
+    outputs = served(llm, prompts, max_tokens=3, logprobs=None)
+    check_same(fused, prompts, outputs, [tokens[:3] for tokens in wanted], most=1)
+    _, drafted, _ = (drafts_of(llm) - before).tolist()
+    # The first token is the prompt's; one drafted token and the one behind it fill the text, or it is rejected.
+    longer = sum(len(output.outputs[0].token_ids) > 1 for output in outputs)
+    assert drafted <= longer if may_be_short else drafted == longer
+    before = drafts_of(llm)
+    texts = [output.outputs[0] for output in served(llm, prompts, logprobs=None)]
+    drafts, _, stood = (drafts_of(llm) - before).tolist()
+    # Each draft adds to its text what stands and one token more, which is dropped behind an end.
+    ended = sum(text.finish_reason == "stop" for text in texts)
+    assert stood + drafts + len(texts) - ended <= sum(len(text.token_ids) for text in texts)
 
 
 def test_zoo_prompts_with_an_expert_drafting(zoo, prompts, wanted):
@@ -88,6 +111,7 @@ def test_zoo_prompts_with_others_drafting(zoo, prompts, wanted, drafter):
     with engine(zoo[0], speculative_config=drafting, **PLAIN) as llm:
         check_same(zoo[1], prompts[:40], served(llm, prompts[:40], logprobs=None), wanted[:40], most=1)
         check_drafts_counted(llm)
+        check_drafts_end_with_texts(llm, zoo[1], prompts[:40], wanted[:40], may_be_short=drafter == "prompt")
 
 
 # Widths 128 and 32 with four heads: the small members' heads of 8 are filled up to a size that the CPU kernels know.

@@ -1,5 +1,6 @@
 """Engines as users start them: in a process of their own, compiled, members shared by two processes."""
 
+import contextlib
 import json
 import os
 import re
@@ -40,7 +41,7 @@ def wanted(members):
     return prompts, expected(members[1], prompts)
 
 
-def started(folder, prompts, timeout=300, **options):
+def started(folder, prompts, timeout=500, **options):
     """What an engine of its own says to these prompts, and what it wrote meanwhile."""
     job = {"directory": str(folder / "fused"), "options": options, "prompts": prompts, "max_tokens": 24}
     environment = {
@@ -51,21 +52,25 @@ def started(folder, prompts, timeout=300, **options):
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of functions that tests send to the workers
         "VLLM_LOGGING_LEVEL": "INFO",
     }
-    log = folder / "engine.log"  # a file, so that an engine that hangs is heard as well
-    command = [sys.executable, str(HERE / "separately.py")]
+    log = folder / f"{len(list(folder.glob('*.log')))}.log"  # a file, so that an engine that hangs is heard as well
     with log.open("w") as writing:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=writing, stderr=writing, text=True, env=environment,
-            start_new_session=True,
+            [sys.executable, str(HERE / "separately.py")],
+            stdin=subprocess.PIPE, stdout=writing, stderr=writing, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         try:
             process.communicate(json.dumps(job), timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started, which spin on
+            pytest.fail(f"no end after {timeout} s:\n{log.read_text()[-3000:]}")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started, which spin on
             process.wait()
-    said = [line for line in log.read_text().splitlines() if line.startswith(MARK)]
-    assert said, log.read_text()[-3000:]
-    return json.loads(said[0].removeprefix(MARK)), log.read_text()
+    written = log.read_text()
+    said = [line for line in written.splitlines() if line.startswith(MARK)]
+    assert process.returncode == 0, written[-3000:]
+    assert said, written[-3000:]
+    return json.loads(said[0].removeprefix(MARK)), written
 
 
 def check(members, found, wanted):
