@@ -1,10 +1,12 @@
 """Drafts cut where their text ends: the texts stay as they were, and no shorter cut would do."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from trimtab.serving.ends import useful
+from trimtab.serving.ends import mend_draft_lengths, useful
 
 END, OTHER_END = 0, 1
 TOKENS = some.lists(some.integers(0, 5), max_size=8)
@@ -46,3 +48,40 @@ def test_every_token_that_is_left_may_become_text(draft, behind, room) -> None:
 )
 def test_room_and_ends_cut(room, ends, left) -> None:
     assert useful([3, 0, 4, 1], room, ends) == left
+
+
+def runner_of(is_async=False, model=3.0):
+    """A class of model runners: one request is known, of nine tokens at most, and one is gone."""
+    params = SimpleNamespace(eos_token_id=END, stop_token_ids=[OTHER_END], max_tokens=9)
+
+    class Runner:
+        use_async_scheduling = is_async
+        requests = {"known": SimpleNamespace(sampling_params=params, output_token_ids=[5, 5])}  # noqa: RUF012
+
+        def get_model(self):
+            return model
+
+        def take_draft_token_ids(self):
+            return SimpleNamespace(req_ids=["known", "gone"], draft_token_ids=[[3, OTHER_END, 4], [3, END, 4]])
+
+    return Runner
+
+
+def taken(runner):
+    return runner().take_draft_token_ids().draft_token_ids
+
+
+def test_drafts_of_known_requests_for_our_models_are_cut_once() -> None:
+    runner = runner_of()
+    mend_draft_lengths(runner, float)
+    once = runner.take_draft_token_ids
+    mend_draft_lengths(runner, float)
+    assert runner.take_draft_token_ids is once
+    assert taken(runner) == [[3, OTHER_END], [3, END, 4]]
+
+
+@pytest.mark.parametrize("others", [{"model": "another"}, {"is_async": True}])
+def test_drafts_of_others_stay(others) -> None:
+    runner = runner_of(**others)
+    mend_draft_lengths(runner, float)
+    assert taken(runner) == [[3, OTHER_END, 4], [3, END, 4]]

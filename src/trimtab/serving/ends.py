@@ -1,33 +1,34 @@
 """Drafts that end where their text may end, whatever happens: tokens behind that would be read for nothing.
 
 vLLM 0.32 verifies drafts at their full length, also behind a drafted end of text and beyond `max_tokens`. Every member
-reads those rows, and none of them is ever answered with. Texts stay as they are: a token that is dropped here stands
-behind one with which the text ends, or behind a rejected one.
+reads those rows, and none of them is ever answered with: a token that is dropped here stands behind one with which
+the text ends, or behind a rejected one. So greedy texts stay as they are, and sampled ones follow the same law. A seed
+draws as many numbers as a draft has tokens, so what it draws last may depend on `max_tokens` and on what ends texts.
 """
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
 
-def end_drafts_with_texts(runner: Any, is_ours: type) -> None:
+def mend_draft_lengths(runner: Any, is_ours: type) -> None:
     """Cuts what a class of model runners hands to the scheduler as drafts; called again, it changes nothing.
 
-    runner    vLLM's GPUModelRunner, which the CPU's inherits; where steps are laid out ahead of drafts (asynchronous
-              scheduling, not on CPUs) it is asked for no drafts in time, and their length stays
+    runner    vLLM's GPUModelRunner, which the CPU's inherits. Under asynchronous scheduling (not on CPUs) drafts stay
+              as they are: steps are laid out before a draft is known, and its text has been counted ahead
     is_ours   only drafts for models of this class are cut
     """
-    if getattr(runner.take_draft_token_ids, "is_cutting", False):
+    if getattr(runner.take_draft_token_ids, "is_mended", False):
         return
     take = runner.take_draft_token_ids
 
     def take_useful(self: Any) -> Any:
         drafted = take(self)
-        if drafted is not None and isinstance(self.get_model(), is_ours):
-            rows = zip(drafted.req_ids, drafted.draft_token_ids, strict=True)
+        if drafted is not None and not self.use_async_scheduling and isinstance(self.get_model(), is_ours):
+            rows = zip(drafted.req_ids, drafted.draft_token_ids, strict=False)  # as the scheduler reads them
             drafted.draft_token_ids = [_useful_to(self.requests.get(request), draft) for request, draft in rows]
         return drafted
 
-    take_useful.is_cutting = True  # type: ignore[attr-defined]
+    take_useful.is_mended = True  # type: ignore[attr-defined]
     runner.take_draft_token_ids = take_useful
 
 

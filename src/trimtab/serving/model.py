@@ -22,7 +22,7 @@ from vllm.transformers_utils.config import get_config
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from trimtab.core.errors import BadSetting
-from trimtab.serving.ends import end_drafts_with_texts
+from trimtab.serving.ends import mend_draft_lengths
 from trimtab.serving.heads import fill_heads
 from trimtab.serving.mending import mend_seeded_draws
 from trimtab.serving.merging import merged
@@ -41,7 +41,7 @@ class FusedForVllm(nn.Module):
         super().__init__()
         if current_platform.is_cpu():
             mend_seeded_draws()  # here, as the model runner has been imported
-        end_drafts_with_texts(GPUModelRunner, FusedForVllm)
+        mend_draft_lengths(GPUModelRunner, FusedForVllm)
         _refuse_other_formats(vllm_config.load_config)
         fused = vllm_config.model_config
         self.plan = make_plan(fused.hf_config, _local(fused.model))

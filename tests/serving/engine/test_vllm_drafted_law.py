@@ -1,7 +1,7 @@
 """Sampled with drafts, texts follow the fused law: not the drafter's, nor the strong model's.
 
 The laws of the second and the third new token are worked out exactly by the transformers engine, over all tokens that
-may come before; what vLLM draws is compared with them. Each draft is three tokens long, so that these tokens are
+may come before; what vLLM draws is compared with them. The first draft is three tokens long, so that these tokens are
 drafted, judged and, where they do not stand, drawn anew.
 """
 
@@ -35,17 +35,20 @@ def tiny_fused(tmp_path_factory):
     return folder / "fused", fused
 
 
-def next_laws(read, prompt, time):
+def next_laws(read, prompt, time, ends=()):
     """The laws [vocab] of the first `time` new tokens, summed over all texts that may come before.
 
     read    token ids [row, time] -> log-probabilities of the next token [row, vocab]
+    ends    tokens with which a text ends: nothing comes behind them
     """
+    goes_on = ~torch.isin(torch.arange(VOCAB), torch.tensor(ends, dtype=torch.long))
     texts, weights, laws = torch.tensor([prompt]), torch.ones(1), []
     for step in range(time):
         following = read(texts).exp()
-        laws.append((weights.unsqueeze(-1) * following).sum(0))
+        law = (weights.unsqueeze(-1) * following).sum(0)
+        laws.append(law / law.sum())
         if step + 1 < time:
-            weights = (weights.unsqueeze(-1) * following).flatten()
+            weights = (weights.unsqueeze(-1) * following * goes_on).flatten()
             kept = (weights > 1e-6).nonzero().squeeze(-1)  # what is left out can hardly be drawn
             every = torch.arange(VOCAB).repeat(len(texts)).unsqueeze(-1)
             texts = torch.cat([texts.repeat_interleave(VOCAB, 0), every], dim=-1)[kept]
@@ -66,7 +69,7 @@ def surprise(tokens, law):
 
 def drawn(llm, prompt, **options):
     """New tokens of many samples, [draw][time]."""
-    params = SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True, n=100, **options)
+    params = SamplingParams(temperature=1.0, max_tokens=5, ignore_eos=True, n=100, **options)
     outputs = llm.generate([{"prompt_token_ids": prompt}] * (DRAWS // 100), params, use_tqdm=False)
     return [list(text.token_ids) for output in outputs for text in output.outputs]
 
@@ -79,18 +82,23 @@ def alone(member):
         )
 
 
-@pytest.fixture(scope="module")
-def laws(tiny_fused):
-    """Exact laws of the second and third token: fused, of the strong model alone, of the drafter alone."""
-    fused = tiny_fused[1]
-    prompt = fused.tokenizer(PROMPT)["input_ids"]
+def together(fused):
+    """Log-probabilities of the fused model."""
 
     def read(texts):
         pieces = [fused(piece, use_cache=False, logits_to_keep=1).logits[:, -1] for piece in texts.split(512)]
         return torch.cat(pieces)
 
+    return read
+
+
+@pytest.fixture(scope="module")
+def laws(tiny_fused):
+    """Exact laws of the second and third token: fused, of the strong model alone, of the drafter alone."""
+    fused = tiny_fused[1]
+    prompt = fused.tokenizer(PROMPT)["input_ids"]
     readers = {
-        "fused": read,
+        "fused": together(fused),
         "strong": alone(fused.members.strong),
         "math": alone(fused.members.experts["math"]),
     }
@@ -141,6 +149,19 @@ def test_samples_with_drafts_follow_the_fused_law(llm, laws):
     check_fused_law(drawn(llm, prompt), known)
     found = counters(llm)
     assert 0 < found["vllm:spec_decode_num_accepted_tokens"] < found["vllm:spec_decode_num_draft_tokens"]
+
+
+def test_samples_with_drafts_that_are_cut_at_ends_follow_the_fused_law(llm, tiny_fused, laws):
+    prompt, known = laws
+    ends = known["math"][0].topk(12).indices.tolist()  # likely ones, so that many a draft is cut there
+    after = next_laws(together(tiny_fused[1]), prompt, 3, ends)
+    found = drawn(llm, prompt, stop_token_ids=ends)
+    for place in (1, 2):
+        tokens = [text[place] for text in found if len(text) > place]
+        assert len(tokens) > 1000
+        assert surprise(tokens, after[place]) > 1e-3
+        assert surprise(tokens, known["math"][place - 1]) < 1e-9
+    assert all(not set(text[:-1]) & set(ends) for text in found)
 
 
 def test_seeds_hold_with_drafts(llm, laws):
