@@ -391,27 +391,32 @@ def test_loading_is_silent(run, fused_dir) -> None:
     assert ran.err == ""
 
 
+@pytest.fixture
+def told_without_data(run, fused_dir, monkeypatch):
+    """What `eval` says on stderr where fetching a task's data ends with an error."""
+
+    def told(error):
+        def away(**_):
+            raise error
+
+        monkeypatch.setattr("lm_eval.simple_evaluate", away)
+        ran = run("eval", fused_dir, "--tasks", "facts", "--limit", "1")
+        assert ran.code == 2
+        assert "those of the zoo need no network" in ran.err
+        return ran.err
+
+    return told
+
+
 @pytest.mark.parametrize("kind", [ConnectionError, requests.ConnectionError, http_error()])
-def test_tasks_whose_data_cannot_be_had_are_told_so(run, fused_dir, monkeypatch, kind) -> None:
-    def away(**_):
-        raise kind("Couldn't reach the hub")
-
-    monkeypatch.setattr("lm_eval.simple_evaluate", away)
-    ran = run("eval", fused_dir, "--tasks", "facts", "--limit", "1")
-    assert ran.code == 2
-    assert "OfflineError: the data of a task cannot be had: Couldn't reach the hub" in ran.err
-    assert "connect, or ask for one of" in ran.err
-    assert "those of the zoo need no network" in ran.err
+def test_tasks_whose_data_cannot_be_had_are_told_so(told_without_data, kind) -> None:
+    told = told_without_data(kind("Couldn't reach the hub"))
+    assert "OfflineError: the data of a task cannot be had: Couldn't reach the hub" in told
+    assert "connect, or ask for one of" in told
 
 
-def test_who_refuses_the_data_of_a_task_is_told_with_what_to_do(run, fused_dir, monkeypatch) -> None:
-    def refused(**_):
-        said = "503 Server Error: Unavailable\n\nfor url: https://the.hub/data\nFor more information check: https://a.b"
-        raise requests.HTTPError(said, response=requests.Response())
-
-    monkeypatch.setattr("lm_eval.simple_evaluate", refused)
-    ran = run("eval", fused_dir, "--tasks", "facts", "--limit", "1")
-    assert ran.code == 2
-    assert "cannot be had: 503 Server Error: Unavailable for url: https://the.hub/data\n" in ran.err
-    assert "try again later, or see to the name of the data" in ran.err
-    assert "those of the zoo need no network" in ran.err
+def test_who_refuses_the_data_of_a_task_is_told_with_what_to_do(told_without_data) -> None:
+    said = "503 Server Error: Unavailable\n\nfor url: https://the.hub/data\nFor more information check: https://a.b"
+    told = told_without_data(requests.HTTPError(said, response=requests.Response()))
+    assert "cannot be had: 503 Server Error: Unavailable for url: https://the.hub/data\n" in told
+    assert "try again later, or see to the name of the data" in told

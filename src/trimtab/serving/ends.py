@@ -9,6 +9,8 @@ draws as many numbers as a draft has tokens, so what it draws last may depend on
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from trimtab.logits.speculation.draft import until_end
+
 
 def mend_draft_lengths(runner: Any, is_ours: type) -> None:
     """Cuts what a class of model runners hands to the scheduler as drafts; called again, it changes nothing.
@@ -48,7 +50,4 @@ def useful(draft: Sequence[int], room: int, ends: Collection[int | None]) -> lis
     ends    token ids with which the text ends
     """
     kept = list(draft[: max(0, room - 1)])
-    for count, token in enumerate(kept, start=1):
-        if token in ends:
-            return kept[:count]
-    return kept
+    return kept[: until_end(kept, ends)]

@@ -265,8 +265,7 @@ class SpeculativeDecoder:
 
     def _until_ends(self, ids: Tensor) -> list[int]:
         """How many drafted tokens count in each row: those up to the first that would end its text."""
-        ends = self._rows.ends
-        return [next((n for n, token in enumerate(row, 1) if token in ends), len(row)) for row in ids.tolist()]
+        return [drafting.until_end(row, self._rows.ends) for row in ids.tolist()]
 
     def _read(self, lanes: Sequence[int], tokens: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> None:
         """Lets lanes read tokens [row, new], with the prompt before them where it is unread; their runs' logits are

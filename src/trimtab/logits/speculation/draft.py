@@ -15,7 +15,7 @@ a draft stand. Sources: Leviathan et al. 2023, arXiv 2211.17192, for a model; Sa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,11 @@ class Drafter:
         if len(laws) == 1:
             return laws[0]
         return torch.stack(list(laws)).logsumexp(dim=0) - math.log(len(laws))
+
+
+def until_end(tokens: Sequence[int], ends: Collection[int | None]) -> int:
+    """How many drafted tokens of a row count: those up to the first that would end its text, or all."""
+    return next((count for count, token in enumerate(tokens, 1) if token in ends), len(tokens))
 
 
 def check_rule(rule: str, expert_names: Sequence[str]) -> None:
