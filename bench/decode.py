@@ -209,8 +209,8 @@ def _arm(write: Write, trio: Trio, work: Work, after: Callable[[], None] = lambd
     """An arm that answers all batches of a repeat, with counts; `after` is called behind each batch."""
 
     def answer(repeat: int) -> Record:
-        lanes = trio.fused.reader.lanes
-        groups = (lanes[:1], lanes[1:]) if is_fused else ([trio.strong], trio.small)
+        forwards = trio.fused.reader.groups
+        groups = (forwards[:1], forwards[1:]) if is_fused else ([trio.strong], trio.small)
         watched = dict(zip(("strong", "small"), groups, strict=True))
         tokens, rows = 0, 0
         batches, limits = work.batches(repeat), work.limits_of(repeat)
@@ -240,9 +240,9 @@ def fused_arm(trio: Trio, work: Work, **settings: Any) -> Arm:
     def answer(repeat: int) -> Record:
         nonlocal learned
         reports.clear()
-        fused._meter = learned
+        fused._cost_model = learned
         record = dict(plain(repeat))
-        learned = fused._meter
+        learned = fused._cost_model
         if settings["speculate"] != 0:
             record["drafted"] = sum(report.drafted for report in reports)
             record["accepted"] = sum(report.accepted for report in reports)
@@ -312,7 +312,7 @@ def _small_part_case(one: Trio, four: Trio, point: Point, repeats: int, progress
 
     def small_ms(trio: Trio) -> Record:
         stepper = Stepper(trio.fused)
-        with Meter({"small": trio.fused.reader.lanes[1:]}) as meter:
+        with Meter({"small": trio.fused.reader.groups[1:]}) as meter:
             whole = mean_seconds(stepper)
         return {"ms": 1e3 * meter.seconds["small"] / STEPS, "whole_step_ms": 1e3 * whole}
 

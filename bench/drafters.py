@@ -16,7 +16,7 @@ from bench import decode
 from bench.decode import BESIDE, Point, Work, fused_arm
 from bench.harness import Arm, Case, Findings, Options, Progress, interleave
 from bench.members import Spec, Stock, Trio
-from trimtab.logits.one_pass import OnePass
+from trimtab.logits.forward.grouping import OnePass
 from trimtab.logits.speculation.draft import CHEAPEST, FUSED, LATELY, MIXTURE
 from trimtab.zoo import TUNED_TASKS
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 
 Record = Mapping[str, float]  # the figures of one run
 WARM_UP = -1

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
-from trimtab.logits.lanes import Lane
-from trimtab.logits.members import quiet_bars
+from trimtab.logits.forward.groups import ForwardGroup
+from trimtab.models.loading import quiet_bars
 from trimtab.zoo import TASKS, Split, inflate_, load_items, resolve
 from trimtab.zoo.inflation import count_parameters, least_parameters
 
@@ -283,9 +283,9 @@ class Meter:
     """Counts forwards, the tokens they read, and the seconds they take, while it is open.
 
         with Meter({"strong": [strong], "small": [base, expert]}) as meter: ...
-        with Meter({"small": fused.reader.lanes[1:]}) as meter: ...
+        with Meter({"small": fused.reader.groups[1:]}) as meter: ...
 
-    What is watched is a model, or a lane of a fused one: models that are read in one forward take no hooks.
+    What is watched is a model, or a forward_group of a fused one: models that are read in one forward take no hooks.
 
     On an accelerator the seconds are those in which a forward was queued, not those in which it ran.
     """
@@ -294,14 +294,14 @@ class Meter:
         self.calls = dict.fromkeys(groups, 0)
         self.tokens = dict.fromkeys(groups, 0)
         self.seconds = dict.fromkeys(groups, 0.0)
-        self._groups, self._hooks, self._lanes, self._started = groups, list[Any](), list[Lane](), 0.0
+        self._groups, self._hooks, self._forward_groups, self._started = groups, list[Any](), list[ForwardGroup](), 0.0
 
     def __enter__(self) -> "Meter":
         for group, watched in self._groups.items():
             for one in watched:
-                if isinstance(one, Lane):
+                if isinstance(one, ForwardGroup):
                     vars(one)["read"] = self._watched_read(group, one)
-                    self._lanes.append(one)
+                    self._forward_groups.append(one)
                     continue
                 before, after = self._watchers(group)
                 self._hooks.append(one.register_forward_pre_hook(before, with_kwargs=True))
@@ -311,11 +311,11 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        for lane in self._lanes:
-            del vars(lane)["read"]
+        for forward_group in self._forward_groups:
+            del vars(forward_group)["read"]
 
-    def _watched_read(self, group: str, lane: Lane) -> Callable[..., Any]:
-        read = lane.read
+    def _watched_read(self, group: str, forward_group: ForwardGroup) -> Callable[..., Any]:
+        read = forward_group.read
 
         def watched(feeds: Any, *more: Any, **named: Any) -> Any:
             self.calls[group] += 1

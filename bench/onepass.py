@@ -6,7 +6,7 @@
 
 Members are the zoo's, as they are or with silent blocks on top. A step reads one token per row after 64 others, with a
 cache, by all members but the strong one. `products` are forwards of one model with torch's own matrix products, and
-with those that lanes use.
+with those that groups use.
 """
 
 import statistics
@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM
 from bench import members
 from bench.harness import Arm, Case, Findings, Options, Progress, Record, interleave
 from trimtab import FusedCausalLM
-from trimtab.logits import lanes as lane_module
-from trimtab.logits.lanes import Feed, Lane, OneModel
-from trimtab.logits.members import Member, quiet_bars
+from trimtab.logits.forward import groups as lane_module
+from trimtab.logits.forward.groups import ForwardGroup, ForwardInputs, OneModel
+from trimtab.models.loading import Member, quiet_bars
 from trimtab.zoo import TUNED_TASKS, inflate_, resolve
 
 SEPARATE, ONE_PASS = "separate", "one pass"
 SEPARATE_ONE, ONE_PASS_ONE = "separate, one expert", "one pass, one expert"
-TORCH, QUICK = "torch's products", "lanes' products"
+TORCH, QUICK = "torch's products", "groups' products"
 LORA, FULL = "LoRA", "full"
 PAST = 64  # tokens that were read before
 STEPS = 5  # a record is the median of so many
@@ -98,29 +98,32 @@ def measure(options: Options, progress: Progress) -> Findings:
 def step_case(point: Point, repeats: int, progress: Progress) -> Case:
     """The small members' part of a step, apart and joint."""
     fused = fused_model(point, point.experts)
-    arms = dict(zip((SEPARATE, ONE_PASS), lanes_of(fused), strict=True))
+    arms = dict(zip((SEPARATE, ONE_PASS), groups_of(fused), strict=True))
     if point.experts > 1:
         few = fused_model(point, 1)
-        arms |= dict(zip((SEPARATE_ONE, ONE_PASS_ONE), lanes_of(few), strict=True))
-    steppers: dict[str, Arm] = {name: Stepper(lanes, point.batch) for name, lanes in arms.items()}
+        arms |= dict(zip((SEPARATE_ONE, ONE_PASS_ONE), groups_of(few), strict=True))
+    steppers: dict[str, Arm] = {name: Stepper(groups, point.batch) for name, groups in arms.items()}
     runs = interleave(steppers, repeats, lambda text: progress(f"{point.name}: {text}"))
-    facts = {"bytes_of_a_member": bytes_of(fused.members.base.model), "lanes": [lane.kind for lane in arms[ONE_PASS]]}
+    facts = {
+        "bytes_of_a_member": bytes_of(fused.members.base.model),
+        "groups": [group.kind for group in arms[ONE_PASS]],
+    }
     return Case(point.name, FIGURE, "ms", False, SEPARATE, settings=vars(point), facts=facts, runs=runs)
 
 
-def lanes_of(fused: FusedCausalLM) -> Iterator[list[Lane]]:
-    """The small members' lanes, separate and then joint."""
+def groups_of(fused: FusedCausalLM) -> Iterator[list[ForwardGroup]]:
+    """The small members' groups, separate and then joint."""
     for one_pass in (False, True):
         fused.one_pass = one_pass
-        yield [lane for lane in fused.reader.lanes if 0 not in lane.runs]
+        yield [group for group in fused.reader.groups if 0 not in group.runs]
 
 
 class Stepper:
-    """Steps of some lanes, one after the other."""
+    """Steps of some groups, one after the other."""
 
-    def __init__(self, lanes: list[Lane], batch: int) -> None:
-        self._lanes, self._batch, self._width = lanes, batch, 0
-        self._views = [lane.new_view() for lane in lanes]
+    def __init__(self, groups: list[ForwardGroup], batch: int) -> None:
+        self._lanes, self._batch, self._width = groups, batch, 0
+        self._views = [group.new_group_cache() for group in groups]
         self._read(PAST)
 
     def __call__(self, repeat: int) -> Record:
@@ -134,10 +137,10 @@ class Stepper:
         ids = torch.arange(2, 2 + tokens).repeat(self._batch, 1)
         positions = torch.arange(self._width, self._width + tokens).unsqueeze(0)
         self._width += tokens
-        feed = Feed(ids, None, positions, self._width)
+        feed = ForwardInputs(ids, None, positions, self._width)
         started = time.perf_counter()
-        for lane, view in zip(self._lanes, self._views, strict=True):
-            lane.read([feed] * len(lane.runs), view, 1)
+        for group, view in zip(self._lanes, self._views, strict=True):
+            group.read([feed] * len(group.runs), view, 1)
         return time.perf_counter() - started
 
 
@@ -190,8 +193,8 @@ def product_case(tokens: int, parameters: int, repeats: int, progress: Progress)
     name = product_name(tokens, parameters)
     model = load("small", parameters, "float32")
     with patch.object(lane_module, "quick_linears", lambda model: {}):
-        plain = Lane([0], [Member("base", model)], OneModel(Member("base", model)))
-    quick = Lane([0], [Member("base", model)], OneModel(Member("base", model)))
+        plain = ForwardGroup([0], [Member("base", model)], OneModel(Member("base", model)))
+    quick = ForwardGroup([0], [Member("base", model)], OneModel(Member("base", model)))
     arms: dict[str, Arm] = {TORCH: ReadingArm(plain, tokens), QUICK: ReadingArm(quick, tokens)}
     runs = interleave(arms, repeats, lambda text: progress(f"{name}: {text}"))
     settings = {"tokens": tokens, "parameters": parameters, "dtype": "float32"}
@@ -202,9 +205,9 @@ def product_case(tokens: int, parameters: int, repeats: int, progress: Progress)
 class ReadingArm:
     """Reads so many tokens after no others."""
 
-    def __init__(self, lane: Lane, tokens: int) -> None:
+    def __init__(self, group: ForwardGroup, tokens: int) -> None:
         ids = torch.arange(2, 2 + tokens).unsqueeze(0)
-        self._lane, self._feed = lane, Feed(ids, None, torch.arange(tokens).unsqueeze(0), tokens)
+        self._lane, self._feed = group, ForwardInputs(ids, None, torch.arange(tokens).unsqueeze(0), tokens)
 
     def __call__(self, repeat: int) -> Record:
         times = []

@@ -10,7 +10,7 @@ from bench.bars import BARS, MET, MISSED, Bar
 from bench.decode import CENTRE
 from bench.harness import Case, figures, listed, ratios, spread
 from trimtab.core.errors import InputError
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 from trimtab.measure.results import replace_between_markers
 
 ORDER = ("decode", "solve", "memory", "onepass", "drafters")

@@ -42,7 +42,7 @@ from bench.harness import INK, LINE, SOFT, Case, Findings, Options, Progress, Re
 from bench.served import ACCEPTED, BETWEEN_TOKENS, DRAFTED, MODEL, Cores, Server
 from bench.served_members import EXPERT, Directories, write_members
 from trimtab.core.errors import TrimtabError
-from trimtab.serving.drafting import drafter_directory
+from trimtab.serving.vllm.speculative_config import drafter_directory
 
 STRONG, SMALL, TINY = "strong alone", "small member alone", "tiny member alone"
 PREDICTED = "members in one engine"

@@ -13,7 +13,7 @@ from bench import harness
 from bench.report import INTERVALS, bar_rows, bench_rows, renewed
 from bench.serving import BARS
 from trimtab.core.errors import InputError, TrimtabError
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 
 START, END = "<!-- load:start -->", "<!-- load:end -->"
 RESULTS, PAGE = Path("bench/results"), Path("docs/serving.md")

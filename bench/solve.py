@@ -6,7 +6,7 @@
     grid                        Strategy.__call__ of the amount `grid`, the paper's Algorithm 1
     log-softmax                 of the strong model's logits alone, float32
 
-Laws: `peaked` logits are 4.5 g + 1.5 s for the strong model, 4.5 g + 2 b for the base and 0.7 t more for the expert,
+Members: `peaked` logits are 4.5 g + 1.5 s for the strong model, 4.5 g + 2 b for the base and 0.7 t more for the expert,
 with independent normal g, s, b, t: entropies of 1 to 4 nats, as language models have them. `flat` logits are s, b and
 b + t / 2, with nearly log V nats. `zoo` are positions of the embedded models, V = 1,536.
 
@@ -27,11 +27,11 @@ from torch import Tensor
 
 from bench.harness import Arm, Case, Findings, Options, Progress, Record, interleave, ratios, spread
 from trimtab import zoo
-from trimtab.core import compiled
 from trimtab.core.divergence import entropy_nats
-from trimtab.core.match import match_divergences
-from trimtab.core.pull import measure_pull
-from trimtab.logits.strategy import Strategy, make_strategy
+from trimtab.logits.solver import compiled
+from trimtab.logits.solver.deltas import measure_deltas
+from trimtab.logits.solver.match import match_divergences
+from trimtab.logits.strategy.fusion import Strategy, make_strategy
 
 OURS, SEARCH, PLAIN, GRID, SOFTMAX = (
     "ours: dynamic, compiled",
@@ -52,7 +52,7 @@ SLOW_NUMBERS, SLOW_NUMBERS_QUICK = 1 << 22, 1 << 19
 DRAWN_NUMBERS = 1 << 23  # laws that differ from repeat to repeat, up to so many numbers in all
 
 ZOO_SIZE, ZOO_TASK = "small", "arithmetic"
-Laws = tuple[Tensor, Tensor, Tensor]  # strong and base [batch, vocab], expert [1, batch, vocab]
+MemberLogProbs = tuple[Tensor, Tensor, Tensor]  # strong and base [batch, vocab], expert [1, batch, vocab]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def reference() -> str:
     return OURS if compiled.is_available() else PLAIN
 
 
-def arms_of(laws: list[Laws], rows: int) -> dict[str, Arm]:
+def arms_of(laws: list[MemberLogProbs], rows: int) -> dict[str, Arm]:
     """The arms over laws that take turns; the slow ones on the first `rows` rows, scaled to the batch."""
     dynamic, grid = (make_strategy(name, alpha_max=ALPHA_MAX) for name in ("dynamic", "grid"))
     batch = laws[0][0].shape[0]
@@ -154,7 +154,7 @@ def arms_of(laws: list[Laws], rows: int) -> dict[str, Arm]:
             return fuse(dynamic, repeat, rows)
 
     def search(repeat: int) -> Record:
-        pull = measure_pull(*laws[repeat % len(laws)])
+        pull = measure_deltas(*laws[repeat % len(laws)])
         targets = pull.forward[0], pull.reverse[0]
         return timed(lambda: match_divergences(pull.family, *targets, ALPHA_MAX))
 
@@ -185,7 +185,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 # ---- laws
 
 
-def laws_of(point: Point, draw: int) -> Laws:
+def laws_of(point: Point, draw: int) -> MemberLogProbs:
     """Members' log-probabilities, float32; different ones for each draw."""
     if point.law == ZOO:
         rows = torch.arange(point.batch) + draw * point.batch
@@ -245,15 +245,15 @@ def step_case(name: str, dtype: torch.dtype, repeats: int, draws: int, progress:
     laws = [laws_of(Point(PEAKED, STEP_VOCAB, 1), draw) for draw in range(draws)]
     dynamic = make_strategy("dynamic", alpha_max=ALPHA_MAX)
 
-    def after_a_step(seconds: Callable[[Laws], float]) -> Record:
+    def after_a_step(seconds: Callable[[MemberLogProbs], float]) -> Record:
         found = []
         for law in laws:
             step()
             found.append(seconds(law))
         return median_of(found)
 
-    def search(law: Laws) -> float:
-        pull = measure_pull(*law)
+    def search(law: MemberLogProbs) -> float:
+        pull = measure_deltas(*law)
         return seconds_of(lambda: match_divergences(pull.family, pull.forward[0], pull.reverse[0], ALPHA_MAX))
 
     arms: dict[str, Arm] = {

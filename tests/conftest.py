@@ -9,3 +9,5 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 install_import_hook("trimtab", "beartype.beartype")
+
+pytest_plugins = ["shared_members"]  # after the hook: it imports the package

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from trimtab.core.errors import UnknownName
-from trimtab.registry import AMOUNTS, CHOOSERS, find
+from trimtab.core.registry import find
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
 
 LINES = [(table, name) for table in (AMOUNTS, CHOOSERS) for name in table]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trimtab.core.errors import InputError, TrimtabError
     from trimtab.logits.config import FusedConfig
     from trimtab.logits.model import FusedCausalLM
-    from trimtab.logits.strategy import Fusion, Strategy, make_strategy
+    from trimtab.logits.strategy.fusion import Fusion, Strategy, make_strategy
     from trimtab.logits.trace import Trace, TraceStep
 
 __version__ = "0.1.0"
@@ -19,13 +19,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "FusedCausalLM": "trimtab.logits.model",
     "FusedConfig": "trimtab.logits.config",
-    "Fusion": "trimtab.logits.strategy",
+    "Fusion": "trimtab.logits.strategy.fusion",
     "InputError": "trimtab.core.errors",
-    "Strategy": "trimtab.logits.strategy",
+    "Strategy": "trimtab.logits.strategy.fusion",
     "Trace": "trimtab.logits.trace",
     "TraceStep": "trimtab.logits.trace",
     "TrimtabError": "trimtab.core.errors",
-    "make_strategy": "trimtab.logits.strategy",
+    "make_strategy": "trimtab.logits.strategy.fusion",
 }
 
 __all__ = [

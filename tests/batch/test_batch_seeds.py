@@ -3,9 +3,9 @@
 import random
 
 from asking import complete
-from trimtab.batch.answering import Answering
 from trimtab.batch.rows import Row, answered
 from trimtab.batch.transformers_engine import TransformersEngine
+from trimtab.batch.worker import Answering
 from trimtab.logits.speculation.length import Costs
 
 

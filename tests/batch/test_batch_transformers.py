@@ -8,10 +8,10 @@ import torch
 import tiny
 from asking import chat, complete
 from trimtab import FusedCausalLM
-from trimtab.batch.answering import Answering
 from trimtab.batch.responses import LOWEST_LOGPROB
 from trimtab.batch.rows import Row, RowError, answered
 from trimtab.batch.transformers_engine import TransformersEngine
+from trimtab.batch.worker import Answering
 
 PROMPTS = ["Where is Ada?", "12+7", "a", "The quick brown fox sleeps."]
 

@@ -12,16 +12,16 @@ def test_arms_are_lanes_apart_and_joint(kind):
     case = onepass.step_case(Point(kind, 2, 0, 3), repeats=2, progress=lambda text: None)
     assert set(case.runs) == {SEPARATE, ONE_PASS, SEPARATE_ONE, ONE_PASS_ONE}
     assert all(record[onepass.FIGURE] > 0 for records in case.runs.values() for record in records)
-    assert case.facts["lanes"] == [{LORA: "adapters", FULL: "stacked"}[kind]]
+    assert case.facts["groups"] == [{LORA: "adapters", FULL: "stacked"}[kind]]
     fused = onepass.fused_model(Point(kind, 2, 0, 1), 2)
     apart, joint = onepass.lanes_of(fused)
-    assert [lane.runs for lane in apart] == [(1,), (2,), (3,)]
-    assert [lane.runs for lane in joint] == [(1, 2, 3)]
+    assert [group.runs for group in apart] == [(1,), (2,), (3,)]
+    assert [group.runs for group in joint] == [(1, 2, 3)]
 
 
 def test_a_stepper_steps_after_the_same_past():
-    lanes, _ = onepass.lanes_of(onepass.fused_model(Point(FULL, 1, 0, 1), 1))
-    stepper = onepass.Stepper(lanes, 2)
+    groups, _ = onepass.lanes_of(onepass.fused_model(Point(FULL, 1, 0, 1), 1))
+    stepper = onepass.Stepper(groups, 2)
     for repeat in range(2):
         stepper(repeat)
         assert [view.get_seq_length() for view in stepper._views] == [onepass.PAST] * 2

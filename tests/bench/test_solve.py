@@ -7,9 +7,9 @@ import torch
 from bench.harness import Options
 
 from bench import solve
-from trimtab.core import compiled
 from trimtab.core.divergence import entropy_nats
-from trimtab.core.tilted import TiltedFamily
+from trimtab.logits.solver import compiled
+from trimtab.logits.solver.tilted import TiltedFamily
 
 SMALL = solve.Point(solve.PEAKED, 400, 5)
 

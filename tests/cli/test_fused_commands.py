@@ -9,9 +9,9 @@ import pytest
 import requests
 
 from trimtab import FusedCausalLM
-from trimtab.logits.references import http_error
 from trimtab.logits.speculation.decode import SpeculativeDecoder
 from trimtab.logits.speculation.length import FIRST, Costs
+from trimtab.models.references import http_error
 
 PROMPT = "Q: Where does Ada Moss live?\\nA:"
 READ = PROMPT.replace("\\n", "\n")

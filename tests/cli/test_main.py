@@ -9,7 +9,7 @@ import pytest
 from trimtab.cli import commands, docs
 from trimtab.cli.main import main
 from trimtab.core.errors import TrimtabError
-from trimtab.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
 
 
 def test_help_names_every_command(run) -> None:

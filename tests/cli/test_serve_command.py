@@ -17,8 +17,8 @@ import pytest
 from trimtab.cli.parser import command_parser
 from trimtab.cli.serve import answers
 from trimtab.core.errors import BadSetting
-from trimtab.serving import launch
-from trimtab.serving.launch import ServeSettings, has_chat_template, vllm_words
+from trimtab.serving.http import launch
+from trimtab.serving.http.launch import ServeSettings, has_chat_template, vllm_words
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_automatic_drafts_know_of_what_makes_masks_of_windows(
     (tmp_path / "off.yaml").write_text("disable-hybrid-kv-cache-manager: false\n")
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
-    monkeypatch.setattr("trimtab.serving.drafting._windows", lambda directory: {4, None})
+    monkeypatch.setattr("trimtab.serving.vllm.speculative_config._windows", lambda directory: {4, None})
     told = "drafts 4 tokens at a time" if are_masks else "Nobody drafts: some layers' attention has a sliding window"
     check_refused(run("serve", fused_dir, "--port", port, "--speculate", "auto", *words), told, "vLLM is not installed")
 

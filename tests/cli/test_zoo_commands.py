@@ -160,7 +160,7 @@ def answers_of(model, until: list[str], **options) -> list[str]:
 def test_answers_are_cut_as_the_harness_cuts_them(fused, until: list[str], batch_size: int) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from trimtab.cli.harness import TrimtabLM
+    from trimtab.logits.lm_eval import TrimtabLM
 
     options = {"do_sample": False, "max_gen_toks": 24}
     fused.speculate = 0
@@ -175,7 +175,7 @@ def test_answers_are_cut_as_the_harness_cuts_them(fused, until: list[str], batch
 
 
 def test_sampled_answers_of_the_harness_repeat_with_its_seed(fused, monkeypatch) -> None:
-    from trimtab.cli.harness import TrimtabLM
+    from trimtab.logits.lm_eval import TrimtabLM
 
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
@@ -209,12 +209,12 @@ def test_the_task_files_can_be_kept_for_the_harness_itself(run, tmp_path: Path) 
 def test_the_harness_finds_the_model_by_its_name(tmp_path: Path) -> None:
     from lm_eval.api.registry import get_model
 
-    import trimtab.cli.harness
+    import trimtab.logits.lm_eval
 
     experts = {"facts": "zoo:small/facts"}
     FusedCausalLM.from_members("zoo:strong", "zoo:small", experts).save_pretrained(tmp_path / "model")
     kind = get_model("trimtab")
-    assert kind is trimtab.cli.harness.TrimtabLM
+    assert kind is trimtab.logits.lm_eval.TrimtabLM
     opened = kind(pretrained=str(tmp_path / "model"), strategy="mixture")
     assert opened.model.strategy.to_dict()["amount"] == "mixture"
     assert opened.max_length == opened.model.config.max_position_embeddings

@@ -1,8 +1,8 @@
 """The page about strategies is generated: it says what the code says."""
 
 from trimtab.logits import docs
-from trimtab.logits.strategy import describe_settings
-from trimtab.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.strategy.fusion import describe_settings
 
 
 def test_the_page_is_not_stale(request):

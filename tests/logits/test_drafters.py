@@ -8,7 +8,7 @@ from fusing import PROMPTS, fuse, new_tokens
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
 from trimtab.logits.speculation.draft import check_rule, drafter_for
-from trimtab.logits.strategy import make_strategy
+from trimtab.logits.strategy.fusion import make_strategy
 
 NAMES = ("math", "facts")
 

@@ -8,7 +8,7 @@ import tiny
 from fusing import PROMPTS, check_same_tokens, new_tokens
 from trimtab import FusedCausalLM, zoo
 from trimtab.core.errors import UnknownName
-from trimtab.logits.members import Placement
+from trimtab.models.loading import Placement
 
 
 def test_a_directory_in_two_roles_is_loaded_and_read_once(members_dir):

@@ -10,7 +10,7 @@ import tiny
 from fusing import PROMPTS, check_same_tokens, fuse, new_tokens
 from trimtab import FusedCausalLM, make_strategy
 from trimtab.core.errors import BadSetting
-from trimtab.logits import reading
+from trimtab.logits.forward import reader
 
 
 def plain_tokens(model, inputs, count=24):
@@ -87,7 +87,7 @@ def test_chunks_of_rows_change_nothing(fused, monkeypatch):
     inputs = fused.encode(PROMPTS)
     real = inputs["attention_mask"].bool()
     whole = fused(**inputs).logits
-    monkeypatch.setattr(reading, "CHUNK_NUMBERS", 7 * tiny.VOCAB * 4)
+    monkeypatch.setattr(reader, "CHUNK_NUMBERS", 7 * tiny.VOCAB * 4)
     assert fused.reader.chunk_rows == 7
     torch.testing.assert_close(fused(**inputs).logits[real], whole[real], atol=1e-5, rtol=1e-5)
     single = fused(inputs["input_ids"][2:], use_cache=False).logits

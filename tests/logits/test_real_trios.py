@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from laws import ALPHA_MAX, kl, objective, rises_nearby, scan
 from trimtab import zoo
-from trimtab.core.match import EVALUATIONS, match_divergences
-from trimtab.core.tilted import TiltedFamily
+from trimtab.logits.solver.match import EVALUATIONS, match_divergences
+from trimtab.logits.solver.tilted import TiltedFamily
 
 ITEMS = 6  # per task: about 2,000 positions over all trios
 POINTS = 201

@@ -21,11 +21,11 @@ import tiny
 from fusing import PROMPTS, check_same_tokens, fuse, new_tokens
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting, UnknownName
-from trimtab.logits.reading import BrokenLaw
+from trimtab.logits.forward.reader import InvalidLogits
 from trimtab.logits.speculation import plan
 from trimtab.logits.speculation.draft import drafter_for, lookup
-from trimtab.logits.speculation.length import Costs, DraftLength, Habit
-from trimtab.logits.strategy import make_strategy
+from trimtab.logits.speculation.length import AcceptanceHistory, Costs, DraftLength
+from trimtab.logits.strategy.fusion import make_strategy
 from trimtab.zoo import load_items
 
 PAIRS = [("llama", kind) for kind in tiny.KINDS] + [(kind, "llama") for kind in tiny.KINDS[1:]] + [("gemma2", "gpt2")]
@@ -175,7 +175,7 @@ def test_a_law_that_breaks_where_the_text_comes_is_told_of_at_its_step(fused, me
     at, token = next((at, token) for at, token in enumerate(new) if token not in (*used, *new[:at]) and at > 2)
     model, found = fuse(), []
     for drafts in (0, 4):
-        with breaking_after(token, member, model), pytest.raises(BrokenLaw) as error:
+        with breaking_after(token, member, model), pytest.raises(InvalidLogits) as error:
             new_tokens(model, MANY[0], speculate=drafts, speculate_draft=draft)
         found.append(str(error.value))
     assert found[0] == found[1]
@@ -395,7 +395,7 @@ def test_what_is_looked_up_ends_where_a_text_would(fused):
     assert (fused.last_speculation.drafted, fused.last_speculation.accepted) == (2, 2)
 
 
-class Tree:
+class ModuleChangeDetector:
     """What may follow a text that can be; any other is a KeyError, as in a walk along a trie."""
 
     def __init__(self, start, depth=12):
@@ -420,7 +420,7 @@ class Tree:
 @pytest.mark.parametrize("draft", ["prompt", "math", "fused"])
 def test_nobody_is_asked_about_texts_that_cannot_be(fused, draft, do_sample):
     prompts = ["abcdef abcdef abc", "gggg(h)gggg(h)gg", "Q"]
-    tree = Tree(fused.encode(prompts)["input_ids"].shape[1])
+    tree = ModuleChangeDetector(fused.encode(prompts)["input_ids"].shape[1])
     options = {"prefix_allowed_tokens_fn": tree, "speculate_draft": draft, "do_sample": do_sample}
     if do_sample:
         for seed in range(4):
@@ -677,7 +677,7 @@ def test_drafts_that_never_pay_are_tried_again_now_and_then():
 
 def test_idle_rounds_count_across_short_texts():
     """Answers shorter than the wait for another try, one after the other: drafts are tried again all the same."""
-    habit, found = Habit(acceptance=0.0), []
+    habit, found = AcceptanceHistory(acceptance=0.0), []
     for _ in range(20):
         length = DraftLength(habit=habit)
         found += [length.next(0.9, lambda tokens: float(tokens), 0.0) for _ in range(3)]
@@ -692,7 +692,7 @@ def test_a_token_without_a_draft_is_measured_before_drafts_are_judged():
     assert costs.is_blind_at(1)
     assert not costs.is_blind_at(2)
     assert not Costs().is_blind_at(1)
-    length = DraftLength(habit=Habit(acceptance=0.3))
+    length = DraftLength(habit=AcceptanceHistory(acceptance=0.3))
     assert length.next(0.05, costs.of, 0.0) > 0
     costs.add(1, 1.0)
     assert not costs.is_blind_at(1)
@@ -724,13 +724,13 @@ def test_what_drafts_became_of_is_known_by_rule_and_forgotten_with_the_strategy(
     model = fuse()
     for rule in ("math", "prompt"):
         new_tokens(model, MANY, speculate=3, speculate_draft=rule, max_new_tokens=24)
-    habits = model._meter.habits
+    habits = model._cost_model.habits
     assert set(habits) == {"math", "prompt"}
     assert habits["math"].acceptance != habits["prompt"].acceptance
-    costs = model._meter.lanes
+    costs = model._cost_model.groups
     model.strategy = "static"
-    assert model._meter.habits == {}
-    assert model._meter.lanes is costs
+    assert model._cost_model.habits == {}
+    assert model._cost_model.groups is costs
 
 
 def test_auto_counts_all_that_is_read_while_a_draft_grows():

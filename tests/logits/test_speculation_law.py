@@ -9,10 +9,11 @@ import tiny
 from text_laws import VOCAB, Case, Prompts, warped
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
-from trimtab.logits.proposal import JointAmount
+from trimtab.core.registry import find
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
 from trimtab.logits.speculation.verify import accepted, draw, residual, standing
-from trimtab.logits.strategy import NO_CHOICE, make_strategy
-from trimtab.registry import AMOUNTS, CHOOSERS, find
+from trimtab.logits.strategy.base import JointAmount
+from trimtab.logits.strategy.fusion import NO_CHOICE, make_strategy
 
 PROMPT = [2, 3, 3]
 WARPERS = {"temperature": 1.3, "top_p": 0.9, "top_k": 0}

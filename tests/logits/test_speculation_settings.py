@@ -9,11 +9,11 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import tiny
 from text_laws import END, VOCAB, Case, Prompts, no_pair_twice, one_after_the_other, repeated_less, warped
 from trimtab import FusedCausalLM
-from trimtab.logits.cache import FusedCache
+from trimtab.logits.forward.cache import FusedCache
 from trimtab.logits.speculation import decode, ragged
 from trimtab.logits.speculation.decode import SpeculativeDecoder
 from trimtab.logits.speculation.processors import Scorer
-from trimtab.logits.speculation.rows import Rows
+from trimtab.logits.speculation.sequences import Rows
 
 # peft asks transformers for a property that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -101,11 +101,11 @@ NAMES = [
 
 def test_the_cases_are_what_they_say(cases):
     assert set(cases) == set(NAMES)
-    kinds = {name: [lane.kind for lane in case.fused.reader.lanes] for name, case in cases.items()}
+    kinds = {name: [group.kind for group in case.fused.reader.groups] for name, case in cases.items()}
     assert kinds["ends"] == ["alone"] * 4
     assert kinds["stacked"] == ["alone", "stacked"]
     assert kinds["adapters"] == kinds["adapters, long"] == ["alone", "adapters"]
-    layers = cases["windows"].fused.reader.lanes[0].new_view().layers
+    layers = cases["windows"].fused.reader.groups[0].new_group_cache().layers
     assert [getattr(layer, "sliding_window", None) for layer in layers] == [WINDOW, None]
 
 
@@ -171,7 +171,7 @@ def keeps_one_too_many(monkeypatch):
     """Each row forgets one token less than was not accepted."""
     honest = ragged.RaggedReading.take_back
     monkeypatch.setattr(
-        ragged.RaggedReading, "take_back", lambda self, lane, n: honest(self, lane, (n - 1).clamp_min(0))
+        ragged.RaggedReading, "take_back", lambda self, group, n: honest(self, group, (n - 1).clamp_min(0))
     )
 
 
@@ -190,9 +190,9 @@ def loses_the_oldest_token_of_a_window(monkeypatch):
     """What a window shows first is gone after a round, as if the window had been cut before drafts were taken back."""
     honest = ragged.RaggedReading.take_back
 
-    def take_back(self, lane, counts):
-        honest(self, lane, counts)
-        for layer in self.cache.views[lane].layers:
+    def take_back(self, group, counts):
+        honest(self, group, counts)
+        for layer in self.cache.views[group].layers:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.values = torch.cat([torch.zeros_like(layer.values[..., :1, :]), layer.values[..., 1:, :]], dim=-2)
 

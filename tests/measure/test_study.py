@@ -10,7 +10,7 @@ import torch
 
 from tiny_models import make_model, make_tokenizer, tune
 from trimtab.logits.model import FusedCausalLM
-from trimtab.logits.strategy import make_strategy
+from trimtab.logits.strategy.fusion import make_strategy
 from trimtab.measure import evaluation, report, summary, tables, verdict
 from trimtab.measure.results import headline_table, markdown
 from trimtab.measure.study import (

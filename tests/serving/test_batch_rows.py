@@ -9,7 +9,7 @@ import torch
 from trimtab import make_strategy
 from trimtab.core.errors import TrimtabError
 from trimtab.serving.requests import read_settings
-from trimtab.serving.worker import BatchRows, key_of
+from trimtab.serving.vllm.worker import BatchRows, key_of
 
 STRATEGY = make_strategy("dynamic", expert_names=("math", "facts"))
 WIDTH = 3
@@ -89,7 +89,7 @@ def test_settings_are_read_once_per_request_and_forgotten_with_it(monkeypatch) -
         read.append(given["alpha"])
         return read_settings(given, present)
 
-    monkeypatch.setattr("trimtab.serving.worker.read_settings", noted)
+    monkeypatch.setattr("trimtab.serving.vllm.worker.read_settings", noted)
     runner = runner_of([{"alpha": 0.1}, {"alpha": 0.2}], [0, 4, 5])
     rows = BatchRows(runner, STRATEGY)
 

@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trimtab.core.hermite import places
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.solver.hermite import places
 from trimtab.logits.speculation.draft import drafter_for
-from trimtab.logits.strategy import make_strategy
-from trimtab.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.strategy.fusion import make_strategy
+from trimtab.serving.batch_fusion import draft_rows, fuse_rows
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
-from trimtab.serving.rows import draft_rows, fuse_rows
 from trimtab.serving.steering import RowOwners, Steering
 
 NAMES = ("math", "facts")

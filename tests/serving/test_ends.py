@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from trimtab.serving.ends import mend_draft_lengths, useful
+from trimtab.serving.vllm.draft_trimming import mend_draft_lengths, useful
 
 END, OTHER_END = 0, 1
 TOKENS = some.lists(some.integers(0, 5), max_size=8)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from trimtab.serving.guard import STEERED_PATHS, Guard
-from trimtab.serving.launch import is_local
+from trimtab.serving.http.launch import is_local
+from trimtab.serving.http.middleware import STEERED_PATHS, Guard
 from trimtab.serving.requests import names_of_settings
 
 XARGS = {"vllm_xargs": {"alpha": 0.5}}

@@ -22,14 +22,19 @@ from trimtab.core.errors import (
     VocabularyMismatch,
 )
 from trimtab.logits import saving
-from trimtab.logits.members import load_model
-from trimtab.logits.strategy import make_strategy
-from trimtab.serving import plugin
-from trimtab.serving.drafting import DRAFTER_ARCHITECTURE, drafter_directory, speculative_config, translated
-from trimtab.serving.mending import deny_llvmlite_fields, expand
-from trimtab.serving.merging import merged
-from trimtab.serving.plan import Body, check_body, check_complete, make_plan
-from trimtab.serving.rows import draft_rows, fuse_rows
+from trimtab.logits.strategy.fusion import make_strategy
+from trimtab.models.adapter_merge import merged
+from trimtab.models.loading import load_model
+from trimtab.serving.batch_fusion import draft_rows, fuse_rows
+from trimtab.serving.vllm import plugin
+from trimtab.serving.vllm.patches import deny_llvmlite_fields, expand
+from trimtab.serving.vllm.plan import Body, check_body, check_complete, make_plan
+from trimtab.serving.vllm.speculative_config import (
+    DRAFTER_ARCHITECTURE,
+    drafter_directory,
+    speculative_config,
+    translated,
+)
 
 ROOT = Path(__file__).parents[2]
 # peft asks transformers for a property that is on its way out.
@@ -155,7 +160,7 @@ def test_merging_holds_one_copy_of_the_base_at_a_time(folder, monkeypatch):
         made.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr("trimtab.serving.merging.load_model", noted)
+    monkeypatch.setattr("trimtab.models.adapter_merge.load_model", noted)
     with merged("facts", folder / "base", folder / "adapter"):
         assert len(made) == 2
 
@@ -176,7 +181,7 @@ def test_rows_are_fused_as_the_transformers_engine_fuses_them(folder, amount, ro
     # Padding rows of an output layer are cut.
     logits = [torch.nn.functional.pad(member.model(ids).logits[0].detach(), (0, 3), value=50.0) for member in bodies]
     for numbers in (2**22, 4 * tiny.VOCAB * 2):  # all at once, and two rows at a time
-        monkeypatch.setattr("trimtab.serving.rows.CHUNK_NUMBERS", numbers)
+        monkeypatch.setattr("trimtab.serving.batch_fusion.CHUNK_NUMBERS", numbers)
         found = fuse_rows(logits, (0, 1, 2, 1), fused.strategy, tiny.VOCAB)
         assert found.shape == (rows, tiny.VOCAB)
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -313,7 +318,7 @@ def test_automatic_drafts_go_without_where_windows_differ(folder, tmp_path, monk
             "sliding_window": 8,
             "layer_types": kinds,
         }
-    monkeypatch.setattr("trimtab.logits.references.check_digest", lambda *_: None)  # of weights that stay as they were
+    monkeypatch.setattr("trimtab.models.references.check_digest", lambda *_: None)  # of weights that stay as they were
     assert translated(tmp_path / "all" / "fused", "auto", "math").config is not None
     file.write_text(json.dumps(told))
     found = translated(tmp_path / "all" / "fused", "auto", "math")

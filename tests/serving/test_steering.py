@@ -8,10 +8,10 @@ import torch
 
 from trimtab import make_strategy
 from trimtab.core.divergence import kl_nats
-from trimtab.registry import AMOUNTS
+from trimtab.logits.registry import AMOUNTS
+from trimtab.serving.histograms import KL_EDGES, Tally
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
 from trimtab.serving.steering import RowOwners, Steering, fuse_each
-from trimtab.serving.tally import KL_EDGES, Tally
 from trimtab.serving.traces import REQUESTS_KEPT, TraceBook, TraceKey
 
 NAMES = ("math", "facts")
@@ -119,7 +119,7 @@ def test_an_engine_fuses_counts_and_keeps(monkeypatch) -> None:
     assert steps[0]["alpha"] == pytest.approx(dict(zip(NAMES, expected.alpha[:, 0].tolist(), strict=True)))
     assert len(steering.traces.steps(b, 7)) == 1
     # Some rows at a time it is the same.
-    monkeypatch.setattr("trimtab.serving.rows.CHUNK_NUMBERS", VOCAB * 4 * 2)
+    monkeypatch.setattr("trimtab.serving.batch_fusion.CHUNK_NUMBERS", VOCAB * 4 * 2)
     pieces = steering_of(owners)
     same(pieces.fuse(logits, torch.zeros(ROWS, 1)), whole)
     assert pieces.tally.to_dict()["alpha"]["math"]["buckets"] == tally["alpha"]["math"]["buckets"]

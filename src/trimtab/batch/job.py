@@ -18,11 +18,12 @@ from trimtab.batch.requests import TRANSFORMERS_LACKS
 from trimtab.batch.rows import Execute, Outcome, Row, RowError, Worker, as_json
 from trimtab.batch.runner import InProcess, about, run
 from trimtab.core.errors import BadSetting, InputError, TrimtabError, UnreadableModel, unknown_name
-from trimtab.logits import references, saving, vocabulary
+from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
-from trimtab.serving.drafting import Speculation, is_least_kept_too_long, translated
-from trimtab.serving.plan import make_plan
-from trimtab.serving.truth import is_on
+from trimtab.models import references, vocabulary
+from trimtab.serving.parse_bool import is_on
+from trimtab.serving.vllm.plan import make_plan
+from trimtab.serving.vllm.speculative_config import Speculation, is_least_kept_too_long, translated
 
 AUTO, VLLM, TRANSFORMERS = "auto", "vllm", "transformers"
 ENGINES = (AUTO, VLLM, TRANSFORMERS)
@@ -340,7 +341,7 @@ def make_answering(directory: Path, settings: Settings, model_names: Sequence[st
 
     drafts   whether vLLM speculates as the directory says; the transformers engine does so by itself
     """
-    from trimtab.batch.answering import Answering, Engine
+    from trimtab.batch.worker import Answering, Engine
 
     engine: Engine
     if settings.engine == VLLM:

@@ -21,8 +21,8 @@ from math import ceil
 from typing import Any
 
 from trimtab.batch.rows import BrokenWorker, Finished, MakeWorker, Outcome, Row, RowError, answered, as_json, batches
-from trimtab.core.aside import stderr_aside
 from trimtab.core.errors import InputError, TrimtabError, last_line
+from trimtab.core.stderr import captured_stderr
 
 TRIES = 2  # of a batch, and again of each of its rows alone
 RESTARTS = 100  # of one worker: one that dies while it is made would otherwise be made for ever
@@ -227,7 +227,7 @@ def _start(ray: Any, asked: OnRay) -> None:
         _check_address(asked.address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        with stderr_aside():  # Ray's native code says there that its log level was set
+        with captured_stderr():  # Ray's native code says there that its log level was set
             if asked.address:
                 ray.init(address=asked.address, **quiet)
             else:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from trimtab.batch.answering import Job
 from trimtab.batch.requests import TRANSFORMERS_LACKS
 from trimtab.batch.responses import TokenScore, Written
-from trimtab.batch.stopping import StopTexts, first_stop
+from trimtab.batch.stop_strings import StopTexts, first_stop
+from trimtab.batch.worker import Job
 from trimtab.core.errors import BadSetting, InputError
 from trimtab.logits.model import FusedCausalLM
-from trimtab.logits.prompts import left_padded
+from trimtab.models.prompts import left_padded
 
-# Laws of all steps are kept where log-probabilities are asked for: at most this many numbers in one call.
+# MemberLogProbs of all steps are kept where log-probabilities are asked for: at most this many numbers in one call.
 LAW_NUMBERS = 2**27
 
 

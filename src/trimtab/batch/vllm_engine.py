@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.batch.answering import Job
 from trimtab.batch.requests import Sampling
 from trimtab.batch.responses import TokenScore, Written
 from trimtab.batch.rows import BrokenWorker
+from trimtab.batch.worker import Job
 from trimtab.core.errors import BadSetting, TrimtabError
-from trimtab.logits import vocabulary
+from trimtab.models import vocabulary
 
 # Read by vLLM when it is imported. Two workers that bind their threads would bind them to the same processors.
 ENVIRONMENT = {

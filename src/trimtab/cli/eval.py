@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli import options, output
-from trimtab.core.aside import stderr_aside
 from trimtab.core.errors import InputError, OfflineError, UnknownName, lines_of, unknown_name
+from trimtab.core.stderr import captured_stderr
 
 EXAMPLE = "trimtab eval --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts --tasks facts --limit 20"
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     prepare_harness(args.debug)
     fused = options.open_fused(args)
     is_talking = args.debug or sys.stderr.isatty()
-    aside = contextlib.nullcontext() if is_talking else stderr_aside()
+    aside = contextlib.nullcontext() if is_talking else captured_stderr()
     with tempfile.TemporaryDirectory(prefix="trimtab-eval-") as folder_name, aside:
         found, speculation = evaluate(fused, names, Path(folder_name), args.limit, args.seed, args.batch_size)
     settings = {"tasks": names, "limit": args.limit, "strategy": fused.strategy.to_dict(), "speculation": speculation}
@@ -99,9 +99,9 @@ def evaluate(
     from requests import RequestException
 
     from trimtab import zoo
-    from trimtab.cli.harness import TrimtabLM
-    from trimtab.logits.references import http_error
+    from trimtab.logits.lm_eval import TrimtabLM
     from trimtab.logits.speculation.report import summed
+    from trimtab.models.references import http_error
 
     mine = write_zoo_tasks(folder, names, limit, seed)
     needs_defaults = len(mine) < len(names)

@@ -11,7 +11,7 @@ from typing import Any
 from trimtab.cli import options, output
 from trimtab.cli.generate import take_prompt_from_model
 from trimtab.core.errors import EmptyPrompt, InputError
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 
 EXAMPLE = (
     "trimtab explain --strong zoo:strong --base zoo:small --expert facts=zoo:small/facts "

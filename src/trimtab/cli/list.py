@@ -3,7 +3,8 @@
 import argparse
 
 from trimtab.cli import output
-from trimtab.registry import AMOUNTS, CHOOSERS, Table
+from trimtab.core.registry import Table
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
 
 EXAMPLE = "trimtab list"
 

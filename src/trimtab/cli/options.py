@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import InputError, unknown_name
-from trimtab.registry import AMOUNTS, CHOOSERS, find
+from trimtab.core.registry import find
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
 
 DEFAULT_AMOUNT = "dynamic"
 AUTO = "auto"
@@ -211,7 +212,7 @@ def placement_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def all_settings() -> dict[str, list[tuple[str, Any]]]:
     """Setting name -> the ingredients that have it, with its description there."""
-    from trimtab.logits.strategy import describe_settings
+    from trimtab.logits.strategy.fusion import describe_settings
 
     found: dict[str, list[tuple[str, Any]]] = {}
     for name in (*AMOUNTS, *CHOOSERS):
@@ -256,7 +257,7 @@ def strategy_of(
 
     present   what a fused directory has: kept where the flags say nothing, settings only while the ingredient stays
     """
-    from trimtab.logits.strategy import describe_settings, make_strategy
+    from trimtab.logits.strategy.fusion import describe_settings, make_strategy
 
     present = present or {"amount": DEFAULT_AMOUNT, "chooser": "paper", "settings": {}}
     amount = args.strategy or present["amount"]

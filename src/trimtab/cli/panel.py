@@ -27,7 +27,7 @@ def load_panel(pair: str, tuned_tasks: Sequence[str]) -> Panel:
     """All models of a pair in float32, and how to fuse them."""
     from trimtab.cli.options import quiet_transformers
     from trimtab.logits.model import FusedCausalLM
-    from trimtab.logits.strategy import make_strategy
+    from trimtab.logits.strategy.fusion import make_strategy
 
     quiet_transformers()
     models = {role: load_alone(name) for role, name in member_names(pair, tuned_tasks).items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.cli import options, output
 from trimtab.core.errors import InputError, UnreadableModel
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 from trimtab.measure.pages import finite
 
 EXAMPLE = "trimtab results --items 20 --seeds 0,1 --pairs far -o runs/results.md"

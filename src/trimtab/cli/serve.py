@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli import options, output
-from trimtab.serving import defaults
+from trimtab.serving.http import defaults
 
 EXAMPLE = "trimtab serve runs/facts --page"
 PASSES_ON = True  # words that no option takes go to vLLM
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check what can be checked at once, then hand over to vLLM until it is stopped."""
-    from trimtab.serving import launch
+    from trimtab.serving.http import launch
 
     directory = Path(args.model)
     config = launch.check_directory(directory)
@@ -99,7 +99,7 @@ def _strategy(args: argparse.Namespace, config: Any) -> dict[str, Any] | None:
     if not (args.strategy or args.chooser or options.given_settings(args)):
         return None
     from trimtab.logits import saving
-    from trimtab.logits.strategy import strategy_from_dict
+    from trimtab.logits.strategy.fusion import strategy_from_dict
 
     names = tuple(saving.references_of(config)[2])
     present = strategy_from_dict(config.strategy or {}, names).to_dict()
@@ -109,8 +109,8 @@ def _strategy(args: argparse.Namespace, config: Any) -> dict[str, Any] | None:
 
 def _drafting(args: argparse.Namespace, directory: Path, config: Any) -> Any:
     """vLLM's settings of speculation, with a remark on who drafts."""
-    from trimtab.serving.drafting import translated
-    from trimtab.serving.launch import are_windows_masks
+    from trimtab.serving.http.launch import are_windows_masks
+    from trimtab.serving.vllm.speculative_config import translated
 
     are_masks = are_windows_masks(args.passed_on)
     return translated(directory, *options.speculation_of(args, config.speculate), are_windows_masks=are_masks)

@@ -6,7 +6,7 @@ from typing import Any
 from trimtab.cli import output
 from trimtab.cli.options import flag_of
 from trimtab.core.errors import unknown_name
-from trimtab.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
 
 EXAMPLE = "trimtab show dynamic"
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(name: str) -> dict[str, Any]:
     """Summary, source, settings and an example of an amount or a chooser."""
-    from trimtab.logits.strategy import describe_settings
+    from trimtab.logits.strategy.fusion import describe_settings
 
     kind = "amount" if name in AMOUNTS else "chooser"
     entry = AMOUNTS[name] if kind == "amount" else CHOOSERS[name]

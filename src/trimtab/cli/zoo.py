@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.cli import options, output
 from trimtab.core.errors import TrimtabError
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 
 EXAMPLE = "trimtab zoo info"
 VALIDATION_ITEMS = 240

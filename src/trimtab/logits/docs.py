@@ -9,12 +9,13 @@ import inspect
 import sys
 from collections.abc import Iterator
 
-from trimtab.core import match, pull
-from trimtab.core.match import match_divergences
-from trimtab.logits.proposal import JointAmount
-from trimtab.logits.settings import Setting
-from trimtab.logits.strategy import describe_settings
-from trimtab.registry import AMOUNTS, CHOOSERS, Table, find
+from trimtab.core.registry import Table, find
+from trimtab.core.settings import Setting
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.solver import deltas, match
+from trimtab.logits.solver.match import match_divergences
+from trimtab.logits.strategy.base import JointAmount
+from trimtab.logits.strategy.fusion import describe_settings
 
 HEAD = """# Strategies: how much, and of whom
 
@@ -80,7 +81,7 @@ def _settings(settings: tuple[Setting, ...]) -> str:
 def _solver() -> Iterator[str]:
     """What the exact solver promises, and what becomes of impossible tokens."""
     yield "## Impossible tokens"
-    yield (inspect.getdoc(pull) or "").split("\n\n", 1)[1]
+    yield (inspect.getdoc(deltas) or "").split("\n\n", 1)[1]
     yield "## The solver behind `dynamic` and `cautious`"
     yield inspect.getdoc(match) or ""
     promise = inspect.getdoc(match_divergences) or ""

@@ -12,14 +12,14 @@ from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from trimtab.core.errors import BadSetting, TrimtabWarning
-from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
-from trimtab.logits.lanes import too_long
-from trimtab.logits.prompts import empty_prompt
-from trimtab.logits.reading import BrokenLaw, Reader
+from trimtab.logits.forward.encoding import OWN_INPUTS, PromptEncoder
+from trimtab.logits.forward.groups import too_long
+from trimtab.logits.forward.reader import InvalidLogits, Reader
 from trimtab.logits.speculation import generating
-from trimtab.logits.speculation.decode import Meter
+from trimtab.logits.speculation.decode import CostModel
 from trimtab.logits.speculation.plan import AUTO, Plan, refuse
 from trimtab.logits.speculation.report import SpeculationReport, last_report, note_report
+from trimtab.models.prompts import empty_prompt
 
 # The call of `generate` that is under way: whose, and its plan. Other threads, and calls within a call, have their own.
 _UNDER_WAY: ContextVar[tuple[Any, Plan] | None] = ContextVar("under_way", default=None)
@@ -44,7 +44,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
     reader: Reader
     encoder: PromptEncoder
     _plan: Plan
-    _meter: Meter | None = None
+    _cost_model: CostModel | None = None
     _latest: SpeculationReport = SpeculationReport(reason="nothing was generated yet")
 
     @property
@@ -75,9 +75,9 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         repeatable       whether one seed of torch gives one sampled text: with "auto", sampled drafts then have a fixed
                          length, where they can be and the members' sizes say that they pay. Otherwise measured seconds
                          choose their lengths, and other lengths draw other, equally valid texts
-        raises           EmptyPrompt, ContextTooLong, BrokenLaw (naming member and step); BadSetting where drafts were
-                         asked for by number and there can be none, and for embeddings in place of tokens, attentions
-                         and hidden states. `last_speculation` says what was done
+        raises           EmptyPrompt, ContextTooLong, InvalidLogits (naming member and step); BadSetting where drafts
+                         were asked for by number and there can be none, and for embeddings in place of tokens,
+                         attentions and hidden states. `last_speculation` says what was done
         warns            TrimtabWarning when a text was cut because a member's context was full
         """
         plan = generating.asked_plan(self._plan, speculate, speculate_draft, self.expert_names)
@@ -100,7 +100,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         call = _UNDER_WAY.set((self, replace(plan, is_repeatable=repeatable)))
         try:
             output = super().generate(inputs, *args, **kwargs)
-        except BrokenLaw as error:
+        except InvalidLogits as error:
             raise error.in_generation(inputs.shape[1]) from error
         finally:
             _UNDER_WAY.reset(call)

@@ -18,21 +18,23 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from trimtab.core.errors import BadSetting
-from trimtab.logits import arguments, saving, vocabulary
+from trimtab.logits import arguments, saving
 from trimtab.logits import members as member_loading
-from trimtab.logits import prompts as prompt_forms
-from trimtab.logits.cache import FusedCache
 from trimtab.logits.config import FusedConfig
-from trimtab.logits.encoding import OWN_INPUTS, PromptEncoder
+from trimtab.logits.forward.cache import FusedCache
+from trimtab.logits.forward.encoding import OWN_INPUTS, PromptEncoder
+from trimtab.logits.forward.grouping import OnePass
+from trimtab.logits.forward.reader import Reader, kept_after_prompt
+from trimtab.logits.forward.streams import Streams
 from trimtab.logits.generation import FusedGenerationMixin, check_offered
-from trimtab.logits.members import Members, Placement
-from trimtab.logits.one_pass import OnePass
-from trimtab.logits.prompts import OwnPrompts, PromptForm
-from trimtab.logits.reading import Reader, kept_after_prompt
+from trimtab.logits.members import Members
 from trimtab.logits.speculation.plan import Plan
-from trimtab.logits.strategy import Strategy, make_strategy, strategy_from_dict
-from trimtab.logits.streams import Streams
+from trimtab.logits.strategy.fusion import Strategy, make_strategy, strategy_from_dict
 from trimtab.logits.trace import Trace, TraceStep, trace_steps
+from trimtab.models import prompts as prompt_forms
+from trimtab.models import vocabulary
+from trimtab.models.loading import Placement
+from trimtab.models.prompts import OwnPrompts, PromptForm
 
 
 class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc]
@@ -94,7 +96,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         experts         {name: model or reference}; a PEFT adapter directory is an adapter on the base
         strategy        a Strategy, an amount's name, or {"amount", "chooser", "settings"}
         tokenizer       what all members share; None: the one beside the strong model, or beside another member
-        prompts         {member: form} for members that read a prompt of their own, see `trimtab.logits.prompts`
+        prompts         {member: form} for members that read a prompt of their own, see `trimtab.models.prompts`
         dtype, device   for all members or {member: ...}; None: as stored (embedded models: float32), on the CPU; loaded
                         models stay as they are
         one_pass        whether small members are read in one forward: "auto", True or False, see the property
@@ -188,8 +190,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
             strategy = strategy_from_dict(strategy, names)
         self._strategy = strategy.for_experts(names) if names else strategy
         self.config.strategy = self._strategy.to_dict()
-        if self._meter is not None:  # another law takes other drafts; forwards cost what they did
-            self._meter = replace(self._meter, habits={})
+        if self._cost_model is not None:  # another law takes other drafts; forwards cost what they did
+            self._cost_model = replace(self._cost_model, habits={})
 
     @property
     def speculate(self) -> str | int:
@@ -214,29 +216,29 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         """Whether small members that share weights or architecture are read in one forward; it can be set.
 
         "auto": where it pays, by a rule that was measured; True: all of them, or BadSetting says which cannot and why;
-        False: each by itself. The logits are the same. `reader.lanes` shows what is read together, and for what is read
-        alone the reason. Caches made before do not fit afterwards.
+        False: each by itself. The logits are the same. `reader.groups` shows what is read together, and for what is
+        read alone the reason. Caches made before do not fit afterwards.
         """
         return self.config.one_pass  # type: ignore[no-any-return]
 
     @one_pass.setter
     def one_pass(self, one_pass: OnePass) -> None:
         reader = Reader(self.members, self.forms, self.config.vocab_size, one_pass)
-        reader.streams = Streams(reader.lanes, self.streams)
-        self.reader, self.config.one_pass, self._meter = reader, one_pass, None
+        reader.streams = Streams(reader.groups, self.streams)
+        self.reader, self.config.one_pass, self._cost_model = reader, one_pass, None
 
     @property
     def streams(self) -> bool:
-        """Whether lanes that share an accelerator are read on streams of their own; it can be set, and is not saved.
+        """Whether groups that share an accelerator are read on streams of their own; it can be set, and is not saved.
 
-        Token by token only: drafts are timed lane by lane. False by default, since no device has been measured yet.
+        Token by token only: drafts are timed group by group. False by default, since no device has been measured yet.
         Raises BadSetting where no accelerator reads several members.
         """
         return self.reader.streams.is_on
 
     @streams.setter
     def streams(self, is_on: bool) -> None:
-        self.reader.streams = Streams(self.reader.lanes, is_on)
+        self.reader.streams = Streams(self.reader.groups, is_on)
 
     def _set_plan(self, plan: Plan) -> None:
         self._plan = plan.check(self.expert_names)
@@ -291,7 +293,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         logits_to_keep    how many last positions to score, or which ones; 0: all
         member_prompt_*   and prompt_length: what `encode` returns for members with own prompts
         returns           CausalLMOutputWithPast: logits [batch, kept, vocab] float32, on padding the uniform law
-        raises            ContextTooLong and BrokenLaw, naming the member; EmptyPrompt
+        raises            ContextTooLong and InvalidLogits, naming the member; EmptyPrompt
         """
         self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
         assert input_ids is not None
@@ -329,7 +331,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         vocab, device = self.config.vocab_size, logits[0].device
         is_one_chunk = is_real is None and batch * kept <= self.reader.chunk_rows
         fused = torch.full((0 if is_one_chunk else batch * kept, vocab), -math.log(vocab), device=device)
-        for rows, laws in self.reader.laws(logits, end, is_real):
+        for rows, laws in self.reader.log_probs(logits, end, is_real):
             log_probs = self._strategy(laws.strong, laws.base, laws.experts).log_probs
             if is_one_chunk:
                 return log_probs.view(batch, kept, vocab)
@@ -444,7 +446,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         full = torch.cat([mask, mask.new_ones(read.shape[1] - len(prompt_ids))]).unsqueeze(0)
         logits = self.reader.logits(read, full, own=own, logits_to_keep=len(new_ids))
         steps: list[TraceStep] = []
-        for rows, laws in self.reader.laws(logits, read.shape[1]):
+        for rows, laws in self.reader.log_probs(logits, read.shape[1]):
             fusion = self._strategy(laws.strong, laws.base, laws.experts)
             here = [new_ids[row] for row in rows.tolist()]
             steps += trace_steps(self.tokenizer, here, laws, fusion, self.expert_names)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import BadSetting, UnreadableModel
-from trimtab.logits import references
+from trimtab.core.files import atomic_directory
 from trimtab.logits.config import FusedConfig
-from trimtab.logits.members import Members, saved_reference
-from trimtab.logits.placing import written_beside
-from trimtab.logits.prompts import PromptForm, read_form
-from trimtab.logits.references import Reference
+from trimtab.logits.members import Members
+from trimtab.models import references
+from trimtab.models.loading import saved_reference
+from trimtab.models.prompts import PromptForm, read_form
+from trimtab.models.references import Reference
 
 # What a fused directory consists of: the configuration, and the files of any tokenizer. They belong together, so none
 # of an earlier tokenizer's stays beside a new one's.
@@ -115,7 +116,7 @@ def write_directory(config: FusedConfig, members: Members, tokenizer: Any, targe
     config.strong, config.base = written.pop("strong"), written.pop("base")
     config.experts = [{"name": name, **reference} for name, reference in written.items()]
     # The directory may hold the members themselves and what users put there: all of that stays.
-    with written_beside(target, replaced=WRITTEN) as beside:
+    with atomic_directory(target, replaced=WRITTEN) as beside:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(beside))
         config.save_pretrained(str(beside))

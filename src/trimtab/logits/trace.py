@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimtab.core.divergence import entropy_nats
-from trimtab.logits.reading import Laws
-from trimtab.logits.strategy import Fusion
+from trimtab.logits.forward.reader import MemberLogProbs
+from trimtab.logits.strategy.fusion import Fusion
 
 TOP = 5
 
@@ -37,7 +37,7 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class Trace:
-    """One generated text, step by step. Laws are those before temperature, top-k and other processors.
+    """One generated text, step by step. MemberLogProbs are those before temperature, top-k and other processors.
 
     speculation    what was drafted and what stood, or why nothing was drafted (`SpeculationReport.to_dict`)
     """
@@ -64,7 +64,7 @@ class Trace:
 
 
 def trace_steps(
-    tokenizer: Any, token_ids: Sequence[int], laws: Laws, fusion: Fusion, expert_names: Sequence[str]
+    tokenizer: Any, token_ids: Sequence[int], laws: MemberLogProbs, fusion: Fusion, expert_names: Sequence[str]
 ) -> list[TraceStep]:
     """One step per row of the laws; token_ids are the tokens that were generated there."""
     by_name = {"strong": laws.strong, "base": laws.base}

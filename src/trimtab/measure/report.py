@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 from trimtab.measure import pages, tables, verdict
 from trimtab.measure.explain_page import explain_page, token_strip
 from trimtab.measure.plots import alpha_plot, score_plot

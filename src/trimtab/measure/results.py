@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 from trimtab.measure import pages, tables, verdict
 from trimtab.measure.report import draw_tables, paper_grid
 

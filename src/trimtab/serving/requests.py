@@ -15,8 +15,8 @@ from functools import cache, lru_cache
 from typing import Any
 
 from trimtab.core.errors import BadSetting, unknown_name
-from trimtab.logits.settings import Setting, settings_of
-from trimtab.logits.strategy import Strategy, every_setting, make_strategy
+from trimtab.core.settings import Setting, settings_of
+from trimtab.logits.strategy.fusion import Strategy, every_setting, make_strategy
 
 SETTINGS_OF_ALL = ("alpha", "expert", "experts", "trace")  # whatever the strategy
 LARGEST_SCALE = 10.0  # as for the alphas of strategies

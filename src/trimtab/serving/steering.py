@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimtab.core.divergence import kl_nats
-from trimtab.logits.strategy import Fusion, Strategy
+from trimtab.logits.strategy.fusion import Fusion, Strategy
+from trimtab.serving.batch_fusion import laws_of, parted
+from trimtab.serving.device_copy import sent
+from trimtab.serving.histograms import Tally
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
-from trimtab.serving.rows import laws_of, parted
-from trimtab.serving.sending import sent
-from trimtab.serving.tally import Tally
 from trimtab.serving.traces import TraceBook, TraceKey
 
 

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from trimtab.logits.strategy import Fusion
+from trimtab.logits.strategy.fusion import Fusion
 
 REQUESTS_KEPT = 256  # requests to the engine, each with all its choices: one per prompt that a client sends
 POSITIONS_KEPT = 8192  # of one request, its choices together

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 from trimtab.zoo.corpus import Corpus
 from trimtab.zoo.store import MANIFEST, PREFIX, model_path, sha256
 from trimtab.zoo.tasks import TASKS, TUNED_TASKS, Item, draw_items, write_items

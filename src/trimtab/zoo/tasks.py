@@ -14,7 +14,7 @@ from random import Random
 from typing import Literal
 
 from trimtab.core.errors import UnreadableModel, unknown_name
-from trimtab.core.writing import write_whole
+from trimtab.core.files import write_whole
 from trimtab.zoo import words
 from trimtab.zoo.store import root
 from trimtab.zoo.world import SPLITS, Fact, Subject, World

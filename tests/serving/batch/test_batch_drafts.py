@@ -112,7 +112,7 @@ def test_automatic_drafts_know_of_an_option_with_which_windows_are_masks(
 ):
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_RATIO", 0)
-    monkeypatch.setattr("trimtab.serving.drafting._windows", lambda directory: {4, None})
+    monkeypatch.setattr("trimtab.serving.vllm.speculative_config._windows", lambda directory: {4, None})
     shutil.copytree(fused_dir.parent, tmp_path / "all")
     file = tmp_path / "all" / "fused" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"speculate": "auto"}))

@@ -7,10 +7,10 @@ from vllm.outputs import CompletionOutput
 
 from asking import chat, complete
 from trimtab import FusedCausalLM
-from trimtab.batch.answering import Answering, Job
 from trimtab.batch.requests import Sampling
 from trimtab.batch.rows import BrokenWorker, Row, answered
 from trimtab.batch.vllm_engine import VllmEngine, _answer
+from trimtab.batch.worker import Answering, Job
 from trimtab.core.errors import BadSetting, TrimtabError
 
 REFUSED = {"type": "integer", "minimum": 5, "maximum": 3}  # by every backend, when the request is handed over

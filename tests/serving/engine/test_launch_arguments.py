@@ -8,7 +8,7 @@ import pytest
 from trimtab import FusedCausalLM
 from trimtab.cli.main import main
 from trimtab.core.errors import BadSetting, InputError
-from trimtab.serving.launch import ServeSettings, open_to_all, prepared, url_of
+from trimtab.serving.http.launch import ServeSettings, open_to_all, prepared, url_of
 
 KEY = "a-key-of-the-tests"
 
@@ -138,7 +138,7 @@ def test_who_serves_other_machines_without_a_key_is_warned(directory, tmp_path, 
     assert open_to_all(told(directory, "--uds", "/run/x", host="0.0.0.0")) is None
     assert "other machines reach ::" in open_to_all(told(directory, host="::"))
     # The command says so; vLLM's server, which would come next, is left out.
-    monkeypatch.setattr("trimtab.serving.launch.run", lambda args: None)
+    monkeypatch.setattr("trimtab.serving.http.launch.run", lambda args: None)
     monkeypatch.setattr("trimtab.cli.serve.answers", lambda url: True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -6,7 +6,7 @@ from bench.served import share_cores
 from bench import served_steps
 from trimtab import FusedCausalLM
 from trimtab.core.errors import TrimtabError
-from trimtab.serving.drafting import drafter_directory
+from trimtab.serving.vllm.speculative_config import drafter_directory
 from trimtab.zoo import resolve
 
 

@@ -13,7 +13,7 @@ from vllm.v1.sample import rejection_sampler
 
 import tiny
 from trimtab import FusedCausalLM
-from trimtab.serving.drafting import speculative_config
+from trimtab.serving.vllm.speculative_config import speculative_config
 
 DRAWS = 6000
 PROMPT = "Where does Ada live?"

@@ -9,7 +9,7 @@ from engines import check_same, counters, engine, expected, served
 import tiny
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
-from trimtab.serving.drafting import speculative_config
+from trimtab.serving.vllm.speculative_config import speculative_config
 from trimtab.zoo.tasks import TASKS, load_items
 
 PROMPTS = 300

@@ -13,8 +13,8 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from trimtab import FusedCausalLM, make_strategy
 from trimtab.core.errors import BadSetting, MemberMismatch
-from trimtab.registry import AMOUNTS, CHOOSERS
-from trimtab.serving import plugin
+from trimtab.logits.registry import AMOUNTS, CHOOSERS
+from trimtab.serving.vllm import plugin
 
 PROMPT = "Q: Who lives in the north?\nA:"
 STATIC = {"amount": "static", "chooser": "paper", "settings": {"alpha": 0.7}}

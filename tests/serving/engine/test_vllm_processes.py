@@ -16,7 +16,7 @@ from separately import MARK
 import tiny
 from on_disk import save_adapter, save_models
 from trimtab import FusedCausalLM
-from trimtab.serving.drafting import speculative_config
+from trimtab.serving.vllm.speculative_config import speculative_config
 
 HERE = Path(__file__).parent
 PROMPTS = ["Where does Ada live?", "Q: 12+7", "a", "The quick brown fox (a small one) sleeps.", "Zz?" * 7]

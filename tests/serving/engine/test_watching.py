@@ -9,9 +9,9 @@ from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from trimtab import make_strategy
-from trimtab.serving.endpoint import show_metrics, show_trace
+from trimtab.serving.http.engine_client import SteeredEngine, Watched, _is_part
+from trimtab.serving.http.routes import show_metrics, show_trace
 from trimtab.serving.requests import SEVERAL
-from trimtab.serving.watching import SteeredEngine, Watched, _is_part
 
 STRATEGY = make_strategy("dynamic", expert_names=("math", "facts"))
 
@@ -78,7 +78,7 @@ class Silent(Dropping):
 
 
 def test_workers_that_do_not_answer_are_not_waited_for(monkeypatch):
-    monkeypatch.setattr("trimtab.serving.watching.SECONDS_FOR_ENGINE", 0.05)
+    monkeypatch.setattr("trimtab.serving.http.engine_client.SECONDS_FOR_ENGINE", 0.05)
     status, content = traced(Silent(3), "cmpl-a-0")
     assert (status, "ask again later" in content["error"]["message"]) == (503, True)
 
@@ -109,7 +109,7 @@ def test_keys_are_our_own_and_say_whether_there_are_several_choices():
 
 @pytest.mark.parametrize("is_new_only", [True, False])
 def test_tokens_are_taken_down_as_far_as_there_is_room(monkeypatch, is_new_only):
-    monkeypatch.setattr("trimtab.serving.watching.POSITIONS_KEPT", 5)
+    monkeypatch.setattr("trimtab.serving.http.engine_client.POSITIONS_KEPT", 5)
     watched = Watched("a")
     for count in (2, 4):
         for index in (0, 1):

@@ -12,8 +12,8 @@ import pytest
 import uvicorn
 from servers import KEY, MOST_REQUESTS
 
-from trimtab.serving import guard
-from trimtab.serving.guard import MEBIBYTE, Guard
+from trimtab.serving.http import middleware
+from trimtab.serving.http.middleware import MEBIBYTE, Guard
 
 COMPLETION = {"model": "zoo", "prompt": "Q: a", "max_tokens": 1}
 
@@ -98,7 +98,7 @@ def guarded():
 
 
 def test_a_body_that_does_not_come_is_given_up_and_its_place_is_free_again(monkeypatch) -> None:
-    monkeypatch.setattr(guard, "READ_WITHIN", 5.0)
+    monkeypatch.setattr(middleware, "READ_WITHIN", 5.0)
     with guarded() as port:
         with stalled(port, "/v1/completions", key=KEY) as client, stalled(port, "/x", key=KEY) as second:
             assert status_of(second) == 503  # there is room for one

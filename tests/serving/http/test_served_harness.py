@@ -5,7 +5,7 @@ import logging
 import pytest
 from servers import KEY
 
-from trimtab.cli.harness import TrimtabLM
+from trimtab.logits.lm_eval import TrimtabLM
 from trimtab.measure.harness import write_tasks
 from trimtab.zoo.tasks import TASKS, load_items
 

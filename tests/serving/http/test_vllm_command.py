@@ -25,7 +25,7 @@ def test_the_command_knows_its_version() -> None:
 
 FOUND = """
 from importlib import metadata
-from trimtab.serving.mending import name_cpu_build
+from trimtab.serving.vllm.patches import name_cpu_build
 
 listed, points = sorted(found.name for found in metadata.distributions()), metadata.entry_points()
 try:

@@ -21,30 +21,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.logits.reading import BrokenLaw, uniform_where
+from trimtab.logits.forward.reader import InvalidLogits, uniform_where
 from trimtab.logits.speculation import draft as drafting
 from trimtab.logits.speculation.draft import Drafter
-from trimtab.logits.speculation.length import Costs, DraftLength, Habit
+from trimtab.logits.speculation.length import AcceptanceHistory, Costs, DraftLength
 from trimtab.logits.speculation.processors import Scorer
 from trimtab.logits.speculation.ragged import RaggedReading
 from trimtab.logits.speculation.report import SpeculationReport
-from trimtab.logits.speculation.rows import Rows
+from trimtab.logits.speculation.sequences import Rows
 from trimtab.logits.speculation.verify import accepted, draw, residual, standing
-from trimtab.logits.strategy import Fusion, Strategy
+from trimtab.logits.strategy.fusion import Fusion, Strategy
 
 
 @dataclass
-class Meter:
+class CostModel:
     """What a model has learned from the texts before.
 
-    lanes     of each, what its forwards cost
+    groups     of each, what its forwards cost
     beside    what a round costs beside forwards
     habits    {rule of drafting: what became of its drafts}
     """
 
-    lanes: list[Costs]
+    groups: list[Costs]
     beside: Costs = field(default_factory=Costs)
-    habits: dict[str, Habit] = field(default_factory=dict)
+    habits: dict[str, AcceptanceHistory] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,7 +102,7 @@ class SpeculativeDecoder:
         rows: Rows,
         scorer: Scorer,
         fixed_length: int | None,
-        meter: Meter,
+        meter: CostModel,
         report: SpeculationReport,
         rule: str,
         do_sample: bool,
@@ -110,7 +110,7 @@ class SpeculativeDecoder:
     ) -> None:
         self._reading, self._reader = reading, reading.reader
         self._strategy, self._names, self._run_of = strategy, tuple(expert_names), self._reader.run_named
-        self._rows, self._scorer, self._meter = rows, scorer, meter
+        self._rows, self._scorer, self._cost_model = rows, scorer, meter
         self._do_sample, self._vocab = do_sample, vocab_size
         self._rule = drafting.settled(rule, strategy, self._names, self._reader.is_one_forward)
         self._length = DraftLength(fixed_length, meter.habits.get(self._rule))
@@ -120,15 +120,15 @@ class SpeculativeDecoder:
         self.report = report
 
     def run(self) -> None:
-        """Rounds until every row has ended; raises BrokenLaw where members' logits make no law."""
+        """Rounds until every row has ended; raises InvalidLogits where members' logits make no law."""
         while self._rows.active:
             start, self._in_forwards, is_opening = time.perf_counter(), 0.0, self._reading.is_opening
             self._round()
             beside = time.perf_counter() - start - self._in_forwards
             if not is_opening:  # what is compiled or read from disk at the first call tells nothing of the next ones
-                self._meter.beside.add(1, beside)
+                self._cost_model.beside.add(1, beside)
             self.report.beside += beside
-        self._meter.habits[self._rule] = self._length.habit
+        self._cost_model.habits[self._rule] = self._length.habit
 
     # ---- one round
 
@@ -137,7 +137,7 @@ class SpeculativeDecoder:
         # In the first round everybody has the prompt to read, of which the last token is a part.
         last = torch.tensor([[] if is_opening else text[-1:] for text in texts], dtype=torch.long)
         last = last.to(self._rows.device)
-        read = dict.fromkeys(range(len(self._reader.lanes)), 0)
+        read = dict.fromkeys(range(len(self._reader.groups)), 0)
         logits: dict[int, Tensor] = {}
         if is_opening and self._rule == drafting.LATELY and len(self._names) > 1:
             self._lately = self._guess_weights(last, read, logits)
@@ -147,7 +147,7 @@ class SpeculativeDecoder:
         if length == 0:
             serial = []
         draft = self._draft(drafter, serial, length, texts, last, read, logits)
-        self._read([lane for lane in read if lane not in serial], torch.cat([last, draft.ids], -1), read, logits)
+        self._read([group for group in read if group not in serial], torch.cat([last, draft.ids], -1), read, logits)
         # Where everybody has read the whole draft, the position behind it is fused with the others.
         target = self._target(logits, draft.width + (not serial), texts, draft)
         if is_opening and draft.width and target.broken:
@@ -178,8 +178,8 @@ class SpeculativeDecoder:
         self._commit(new, self._pairs(target, new), read, {} if self._is_careful else stuck)
 
     def _lanes_of(self, drafter: Drafter) -> list[int]:
-        """The lanes that read while the draft grows."""
-        return self._reader.lanes_of(drafter.members)
+        """The groups that read while the draft grows."""
+        return self._reader.groups_of(drafter.members)
 
     def _guess_weights(self, nothing: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> Tensor:
         """[expert]: how much each would weigh behind the prompt, were the base the strong model.
@@ -187,10 +187,10 @@ class SpeculativeDecoder:
         The small members read the prompt for it, as they have to anyway.
         """
         small = ("base", *self._names)
-        lanes = self._reader.lanes_of(small)
-        if 0 in lanes:  # one of them is the strong model, which shall read the prompt with the draft
+        groups = self._reader.groups_of(small)
+        if 0 in groups:  # one of them is the strong model, which shall read the prompt with the draft
             return self._lately
-        self._read(lanes, nothing, read, logits)
+        self._read(groups, nothing, read, logits)
         base, *experts = (self._law(logits[self._run_of[name]][:, -1]) for name in small)
         pieces = zip(*(torch.split(law, self._reader.chunk_rows) for law in (base, *experts)), strict=True)
         fusions = [self._strategy(own, own, torch.stack(others)) for own, *others in pieces]
@@ -198,16 +198,16 @@ class SpeculativeDecoder:
 
     def _draft_length(self, serial: Sequence[int]) -> int:
         rows = len(self._rows.active)
-        others = [index for index in range(len(self._reader.lanes)) if index not in serial]
-        costs = self._meter.lanes
+        others = [index for index in range(len(self._reader.groups)) if index not in serial]
+        costs = self._cost_model.groups
         is_opening = self._reading.is_opening  # what it reads is not measured
-        if self._length.is_adaptive and not is_opening and any(costs[lane].is_blind_at(rows) for lane in others):
+        if self._length.is_adaptive and not is_opening and any(costs[group].is_blind_at(rows) for group in others):
             return 0  # whether a draft pays cannot be known before a token without one was measured
         verifying: Callable[[int], float] | None = None
-        if all(costs[lane].seconds for lane in others):
-            verifying = lambda tokens: math.fsum(costs[lane].of(rows * tokens) for lane in others)  # noqa: E731
-        per_draft = math.fsum(costs[lane].of(rows) for lane in serial)
-        wanted = self._length.next(per_draft, verifying, self._meter.beside.of(1))
+        if all(costs[group].seconds for group in others):
+            verifying = lambda tokens: math.fsum(costs[group].of(rows * tokens) for group in others)  # noqa: E731
+        per_draft = math.fsum(costs[group].of(rows) for group in serial)
+        wanted = self._length.next(per_draft, verifying, self._cost_model.beside.of(1))
         return max(0, min([wanted, *self._limits()]))
 
     def _limits(self) -> list[int]:
@@ -230,7 +230,7 @@ class SpeculativeDecoder:
         read: dict[int, int],
         logits: dict[int, Tensor],
     ) -> Draft:
-        """Lets the drafter write `length` tokens; its lanes have then read all of them but the last."""
+        """Lets the drafter write `length` tokens; its groups have then read all of them but the last."""
         rows = len(texts)
         if length == 0:
             nothing = last.new_zeros((rows, 0))
@@ -245,7 +245,7 @@ class SpeculativeDecoder:
         runs = [self._run_of[name] for name in drafter.members]
         for drafted in range(length):
             self._read(serial, ids[:, -1:] if scores else last, read, logits)
-            law = drafter.law([self._law(logits[run][:, -1]) for run in runs])
+            law = drafter.log_probs([self._law(logits[run][:, -1]) for run in runs])
             behind = self._scorer(law.unsqueeze(1), texts, self._rows.active, ids, drafted, reach)[:, 0]
             scores.append(self._scorer.drawable(behind))
             tokens = draw(scores[-1], self._do_sample)
@@ -267,22 +267,22 @@ class SpeculativeDecoder:
         """How many drafted tokens count in each row: those up to the first that would end its text."""
         return [drafting.until_end(row, self._rows.ends) for row in ids.tolist()]
 
-    def _read(self, lanes: Sequence[int], tokens: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> None:
-        """Lets lanes read tokens [row, new], with the prompt before them where it is unread; their runs' logits are
+    def _read(self, groups: Sequence[int], tokens: Tensor, read: dict[int, int], logits: dict[int, Tensor]) -> None:
+        """Lets groups read tokens [row, new], with the prompt before them where it is unread; their runs' logits are
         added behind those of this round."""
-        for lane in lanes:
-            is_first = self._reading.is_unread(lane)
+        for group in groups:
+            is_first = self._reading.is_unread(group)
             if tokens.shape[1] == 0 and not is_first:
                 continue
             start = time.perf_counter()
-            found = self._reading.read(lane, tokens)
+            found = self._reading.read(group, tokens)
             _finish(found[0])
             seconds = time.perf_counter() - start
             if not is_first:  # what a prompt costs tells nothing of a draft
-                self._meter.lanes[lane].add(tokens.numel(), seconds)
+                self._cost_model.groups[group].add(tokens.numel(), seconds)
             self._in_forwards += seconds
-            read[lane] += found[0].shape[1]
-            runs = self._reader.lanes[lane].runs
+            read[group] += found[0].shape[1]
+            runs = self._reader.groups[group].runs
             for run, new in zip(runs, found, strict=True):
                 logits[run] = new if run not in logits else torch.cat([logits[run], new], dim=1)
                 self.report.calls[self._reader.runs[run].name] += 1
@@ -325,7 +325,7 @@ class SpeculativeDecoder:
         """
         rows, kept = logits[0].shape[:2]
         laws_out, weights_out, broken = [], [], dict[int, int]()
-        for _, laws in self._reader.laws(logits, kept, broken=broken):
+        for _, laws in self._reader.log_probs(logits, kept, broken=broken):
             fusion = self._strategy(laws.strong, laws.base, laws.experts)
             laws_out.append(fusion.log_probs.to(self._rows.device))  # texts and drafts may live elsewhere than members
             weights_out.append(_weights(fusion).to(self._rows.device))
@@ -395,7 +395,7 @@ class SpeculativeDecoder:
         """Emits tokens; everybody forgets what was read beyond them, and rows that ended are left behind.
 
         stuck     {row: run} where no law says what follows the new tokens
-        raises    BrokenLaw for a row that is stuck and has not ended
+        raises    InvalidLogits for a row that is stuck and has not ended
         """
         places, before = list(self._rows.active), [len(text) for text in self._rows.current]
         going = self._rows.emit(new, pairs)
@@ -404,14 +404,14 @@ class SpeculativeDecoder:
         for row, run in (stuck or {}).items():
             if row in going:
                 last = len(self._rows.texts[places[row]]) - 1
-                raise BrokenLaw(self._reader.runs[run].name, places[row], last)
+                raise InvalidLogits(self._reader.runs[run].name, places[row], last)
         kept = going or ([0] if len(places) == 1 else [])  # a row alone leaves its cache as `generate` would
         if not kept:
             return
         if len(kept) < len(places):
             self._reading.keep_rows(torch.tensor(kept))
-        for lane, tokens in read.items():
-            self._reading.take_back(lane, torch.tensor([tokens - emitted[row] for row in kept]))
+        for group, tokens in read.items():
+            self._reading.take_back(group, torch.tensor([tokens - emitted[row] for row in kept]))
 
 
 def _weights(fusion: Fusion) -> Float[Tensor, "expert row"]:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.core.errors import BadSetting, unknown_name
-from trimtab.logits.strategy import Strategy
+from trimtab.logits.strategy.fusion import Strategy
 
 CHEAPEST, LATELY, MIXTURE, FUSED, PROMPT = "auto", "lately", "mixture", "fused", "prompt"
 RULES = (CHEAPEST, LATELY, MIXTURE, FUSED, PROMPT)
@@ -43,7 +43,7 @@ class Drafter:
     members: tuple[str, ...]
     strategy: Strategy | None = None
 
-    def law(self, laws: Sequence[Float[Tensor, "row vocab"]]) -> Float[Tensor, "row vocab"]:
+    def log_probs(self, laws: Sequence[Float[Tensor, "row vocab"]]) -> Float[Tensor, "row vocab"]:
         """Log-probabilities of the drafter from those of its members, in the order of `members`."""
         if self.strategy is not None:
             base, experts = laws[0], torch.stack(list(laws[1:]))

@@ -10,15 +10,15 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from trimtab.logits.prompts import positions_of
 from trimtab.logits.speculation import plan as planning
-from trimtab.logits.speculation.decode import Meter, SpeculativeDecoder
+from trimtab.logits.speculation.decode import CostModel, SpeculativeDecoder
 from trimtab.logits.speculation.length import Costs
 from trimtab.logits.speculation.plan import AUTO, Plan
 from trimtab.logits.speculation.processors import Scorer
 from trimtab.logits.speculation.ragged import RaggedReading
 from trimtab.logits.speculation.report import SpeculationReport
-from trimtab.logits.speculation.rows import Rows
+from trimtab.logits.speculation.sequences import Rows
+from trimtab.models.prompts import positions_of
 
 OTHER_MODE = "only greedy and sampled generation can be speculated: no beams, no assistant model, no loop of one's own"
 NOT_ASKED = "speculate is 0"
@@ -103,19 +103,19 @@ def speculative_sample(model: Any, plan: Plan, task: Task, report: SpeculationRe
     shows_scores = bool(config.return_dict_in_generate and config.output_scores)
     rows = Rows(task.input_ids, task.stopping, task.streamer, keeps_scores, shows_scores)
     reader, strategy = model.reader, model.strategy
-    meter = _meter_of(model, len(reader.lanes))
+    meter = _meter_of(model, len(reader.groups))
     try:
         _decoder(model, plan, task, rows, meter, report).run()
     finally:
-        # Both may have been set by now: other lanes have other costs, another law takes other drafts.
+        # Both may have been set by now: other groups have other costs, another law takes other drafts.
         if model.reader is reader:
-            model._meter = meter if model.strategy is strategy else replace(meter, habits={})
+            model._cost_model = meter if model.strategy is strategy else replace(meter, habits={})
         _stop_recording(cache)
     pad_id = _pad_id(config)
     sequences = rows.finish(pad_id)
     if not config.return_dict_in_generate:
         return sequences
-    scores, logits = rows.laws(pad_id) if keeps_scores else (None, None)
+    scores, logits = rows.log_probs(pad_id) if keeps_scores else (None, None)
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
         scores=scores if config.output_scores else None,
@@ -134,19 +134,19 @@ def _stop_recording(cache: Any) -> None:
             layer.record_past = False
 
 
-def _meter_of(model: Any, lanes: int) -> Meter:
+def _meter_of(model: Any, groups: int) -> CostModel:
     """A meter for one generation: what earlier ones have learned, in a copy, since other threads may decode, too."""
-    known = model._meter
-    is_fitting = known is not None and len(known.lanes) == lanes
-    return copy.deepcopy(known) if is_fitting else Meter([Costs() for _ in range(lanes)])
+    known = model._cost_model
+    is_fitting = known is not None and len(known.groups) == groups
+    return copy.deepcopy(known) if is_fitting else CostModel([Costs() for _ in range(groups)])
 
 
 def _decoder(
-    model: Any, plan: Plan, task: Task, rows: Rows, meter: Meter, report: SpeculationReport
+    model: Any, plan: Plan, task: Task, rows: Rows, meter: CostModel, report: SpeculationReport
 ) -> SpeculativeDecoder:
     reader, cache = model.reader, task.cache
     mask = task.model_kwargs.get("attention_mask")
-    prompts = reader.feeds(task.input_ids[:, task.past :], mask, None, cache, cache.own)
+    prompts = reader.all_inputs(task.input_ids[:, task.past :], mask, None, cache, cache.own)
     return SpeculativeDecoder(
         RaggedReading(reader, cache, prompts),
         model.strategy,

@@ -50,7 +50,7 @@ class Costs:
 
 
 @dataclass
-class Habit:
+class AcceptanceHistory:
     """What one rule of drafting has shown in the texts before.
 
     acceptance    share of drafted tokens that stood, of those that were judged
@@ -68,8 +68,8 @@ class DraftLength:
     habit     what is known from earlier texts
     """
 
-    def __init__(self, fixed: int | None = None, habit: Habit | None = None) -> None:
-        habit = habit or Habit()
+    def __init__(self, fixed: int | None = None, habit: AcceptanceHistory | None = None) -> None:
+        habit = habit or AcceptanceHistory()
         self._fixed = fixed
         self._judged, self._stood = PRIOR_WEIGHT, PRIOR_WEIGHT * habit.acceptance
         self._idle = habit.idle
@@ -80,9 +80,9 @@ class DraftLength:
         return self._fixed is None
 
     @property
-    def habit(self) -> Habit:
+    def habit(self) -> AcceptanceHistory:
         """What is known by now, for the next text."""
-        return Habit(self.acceptance, self._idle)
+        return AcceptanceHistory(self.acceptance, self._idle)
 
     @property
     def acceptance(self) -> float:

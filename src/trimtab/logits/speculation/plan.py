@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import BadSetting
-from trimtab.logits.cache import FusedCache
-from trimtab.logits.members import Member, Members
-from trimtab.logits.reading import Reader
+from trimtab.logits.forward.cache import FusedCache
+from trimtab.logits.forward.reader import Reader
+from trimtab.logits.members import Members
 from trimtab.logits.speculation.draft import CHEAPEST, check_rule, drafter_for, settled
 from trimtab.logits.speculation.length import FIRST, LONGEST
 from trimtab.logits.speculation.processors import stateful_among
 from trimtab.logits.speculation.ragged import immovable
-from trimtab.logits.speculation.rows import batch_wise_among
-from trimtab.logits.strategy import Strategy
+from trimtab.logits.speculation.sequences import batch_wise_among
+from trimtab.logits.strategy.fusion import Strategy
+from trimtab.models.loading import Member
 
 AUTO = "auto"
 
@@ -67,8 +68,8 @@ def _drafter_bytes(members: Members, reader: Reader, strategy: Strategy, rule: s
     rule = settled(rule, strategy, names, reader.is_one_forward)
     each_weighs_most = torch.eye(max(1, len(names)))
     drafters = {drafter_for(rule, names, strategy, weights).members for weights in each_weighs_most}
-    read = {tuple(reader.lanes_of(drafter)) for drafter in drafters}
-    return min(step_bytes([member for lane in lanes for member in reader.lanes[lane].members]) for lanes in read)
+    read = {tuple(reader.groups_of(drafter)) for drafter in drafters}
+    return min(step_bytes([member for group in groups for member in reader.groups[group].members]) for groups in read)
 
 
 def too_small(cost: int, drafting: int) -> str | None:

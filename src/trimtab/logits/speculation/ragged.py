@@ -14,24 +14,24 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from trimtab.logits.cache import FusedCache
-from trimtab.logits.lanes import Feed
-from trimtab.logits.reading import Reader
+from trimtab.logits.forward.cache import FusedCache
+from trimtab.logits.forward.groups import ForwardInputs
+from trimtab.logits.forward.reader import Reader
 
 MOVABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class RaggedReading:
-    """The members' caches and masks during speculation. Every lane reads the prompt with the first tokens it is given.
+    """The members' caches and masks during speculation. Every group reads the prompt with the first tokens it is given.
 
     prompts   per run: what is to be read first, behind what the cache holds already
     masks     per run [row, width]: 1 where the cache holds a token of the row, or will when the prompt is read
     """
 
-    def __init__(self, reader: Reader, cache: FusedCache, prompts: Sequence[Feed]) -> None:
+    def __init__(self, reader: Reader, cache: FusedCache, prompts: Sequence[ForwardInputs]) -> None:
         self.reader, self.cache = reader, cache
         self._prompts = prompts
-        self._unread = set(range(len(reader.lanes)))
+        self._unread = set(range(len(reader.groups)))
         # Sliding layers that may have to take drafts back keep all that they read until then. Where a prompt is longer
         # than their window that costs memory, so nothing is read with it that could be taken back.
         self.takes_drafts = all(window >= feed.width for feed in prompts for window in _windows(cache))
@@ -40,68 +40,68 @@ class RaggedReading:
         rows = prompts[0].input_ids.shape[0]
         self.is_single = rows == 1
         self.masks = [_whole_mask(feed) for feed in prompts]
-        for lane in reader.lanes:  # prompts of their own may differ in width; in one lane's cache they end together
-            width = max(self.masks[run].shape[1] for run in lane.runs)
-            for run in lane.runs:
+        for group in reader.groups:  # prompts of their own may differ in width; in one group's cache they end together
+            width = max(self.masks[run].shape[1] for run in group.runs)
+            for run in group.runs:
                 self.masks[run] = torch.nn.functional.pad(self.masks[run], (width - self.masks[run].shape[1], 0))
         self._lengths = [mask.sum(dim=-1) for mask in self.masks]
         self._padded = [bool((mask == 0).any()) for mask in self.masks]
 
     @property
     def is_opening(self) -> bool:
-        """Whether the prompt is still to be read, by some lanes at least."""
+        """Whether the prompt is still to be read, by some groups at least."""
         return bool(self._unread)
 
-    def is_unread(self, lane: int) -> bool:
-        """Whether a lane reads the prompt next, before anything else."""
-        return lane in self._unread
+    def is_unread(self, group: int) -> bool:
+        """Whether a group reads the prompt next, before anything else."""
+        return group in self._unread
 
-    def read(self, lane: int, tokens: Int[Tensor, "row new"]) -> list[Tensor]:
-        """Lets a lane read these tokens after what it knows; the logits [row, new, ...] of its runs.
+    def read(self, group: int, tokens: Int[Tensor, "row new"]) -> list[Tensor]:
+        """Lets a group read these tokens after what it knows; the logits [row, new, ...] of its runs.
 
         With the prompt, which is read first, one position more: the one behind the prompt. `new` may then be 0.
         """
-        runs, is_first = self.reader.lanes[lane].runs, lane in self._unread
-        feeds = [_behind(self._prompts[run], tokens) if is_first else self._feed(run, tokens) for run in runs]
-        logits = self.reader.lanes[lane].read(feeds, self.cache.views[lane], tokens.shape[1] + is_first)
+        runs, is_first = self.reader.groups[group].runs, group in self._unread
+        all_inputs = [_behind(self._prompts[run], tokens) if is_first else self._feed(run, tokens) for run in runs]
+        logits = self.reader.groups[group].read(all_inputs, self.cache.views[group], tokens.shape[1] + is_first)
         for run in runs:
             self.masks[run] = _longer(self.masks[run], tokens.shape[1])
             self._lengths[run] = self._lengths[run] + tokens.shape[1]
-        self._unread.discard(lane)
+        self._unread.discard(group)
         if not self._unread and is_first and not self.takes_drafts:
             self.cache.activate_past_recording()
         return logits
 
     def start_again(self, read: Mapping[int, int]) -> None:
-        """Forgets the prompt and what was read behind it: every lane reads it anew.
+        """Forgets the prompt and what was read behind it: every group reads it anew.
 
-        read    {lane: positions that it has read since, the one behind the prompt counted}
+        read    {group: positions that it has read since, the one behind the prompt counted}
         """
-        for lane, positions in read.items():
-            if lane in self._unread:
+        for group, positions in read.items():
+            if group in self._unread:
                 continue
-            runs = self.reader.lanes[lane].runs
+            runs = self.reader.groups[group].runs
             new = max(self._prompts[run].input_ids.shape[1] for run in runs)
-            for layer in self.cache.views[lane].layers:
+            for layer in self.cache.views[group].layers:
                 layer.crop(-(new + positions - 1))
             for run in runs:
                 self.masks[run] = self.masks[run][:, : self.masks[run].shape[1] - (positions - 1)]
                 self._lengths[run] = self._lengths[run] - (positions - 1)
-            self._unread.add(lane)
+            self._unread.add(group)
 
-    def _feed(self, run: int, tokens: Tensor) -> Feed:
+    def _feed(self, run: int, tokens: Tensor) -> ForwardInputs:
         new = tokens.shape[1]
         places = torch.arange(new, device=tokens.device)
         positions = self._lengths[run].to(tokens.device).unsqueeze(-1) + places
         mask = _longer(self.masks[run], new) if self._padded[run] else None
-        return Feed(tokens, mask, positions, self.masks[run].shape[1] + new)
+        return ForwardInputs(tokens, mask, positions, self.masks[run].shape[1] + new)
 
-    def take_back(self, lane: int, counts: Int[Tensor, " row"]) -> None:
-        """Each row of a lane forgets its last `counts` [row] tokens."""
+    def take_back(self, group: int, counts: Int[Tensor, " row"]) -> None:
+        """Each row of a group forgets its last `counts` [row] tokens."""
         least = int(counts.min())
         shift = counts - least
         is_even = not bool(shift.any())
-        runs, view = self.reader.lanes[lane].runs, self.cache.views[lane]
+        runs, view = self.reader.groups[group].runs, self.cache.views[group]
         for layer in view.layers:
             if not is_even:
                 _move_right(layer, shift.repeat(len(runs)))
@@ -112,19 +112,19 @@ class RaggedReading:
                 self._padded[run] = True
                 self.masks[run] = _moved_right(self.masks[run], shift)
             self.masks[run] = self.masks[run][:, : self.masks[run].shape[1] - least]
-        self._trim(lane)
+        self._trim(group)
 
-    def _trim(self, lane: int) -> None:
-        """Cuts columns that are padding in every row of every run of a lane. Padding stands on the left only.
+    def _trim(self, group: int) -> None:
+        """Cuts columns that are padding in every row of every run of a group. Padding stands on the left only.
 
         A row alone keeps its own: its cache shall fit the text that it belongs to.
         """
-        runs = self.reader.lanes[lane].runs
+        runs = self.reader.groups[group].runs
         if self.is_single or not any(self._padded[run] for run in runs):
             return
         spare = min(int(self.masks[run].shape[1] - self._lengths[run].max()) for run in runs)
         if spare > 0:
-            for layer in self.cache.views[lane].layers:
+            for layer in self.cache.views[group].layers:
                 _cut_left(layer, spare)
             for run in runs:
                 self.masks[run] = self.masks[run][:, spare:]
@@ -136,8 +136,8 @@ class RaggedReading:
         self.cache.batch_select_indices(rows)
         self.masks = [mask[rows.to(mask.device)] for mask in self.masks]
         self._lengths = [lengths[rows.to(lengths.device)] for lengths in self._lengths]
-        for lane in range(len(self.reader.lanes)):
-            self._trim(lane)
+        for group in range(len(self.reader.groups)):
+            self._trim(group)
 
     @property
     def longest(self) -> list[int]:
@@ -149,18 +149,18 @@ def _windows(cache: Cache) -> set[int]:
     return {layer.sliding_window for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)}
 
 
-def _whole_mask(feed: Feed) -> Tensor:
+def _whole_mask(feed: ForwardInputs) -> Tensor:
     if feed.attention_mask is not None:
         return feed.attention_mask.long()
     return feed.input_ids.new_ones((feed.input_ids.shape[0], feed.width))
 
 
-def _behind(prompt: Feed, tokens: Int[Tensor, "row new"]) -> Feed:
+def _behind(prompt: ForwardInputs, tokens: Int[Tensor, "row new"]) -> ForwardInputs:
     """A prompt and tokens behind it, to be read together."""
     new = tokens.shape[1]
     mask = prompt.attention_mask
     after = prompt.position_ids[:, -1:] + 1 + torch.arange(new, device=prompt.position_ids.device)
-    return Feed(
+    return ForwardInputs(
         torch.cat([prompt.input_ids, tokens.to(prompt.input_ids.device)], dim=-1),
         None if mask is None else _longer(mask, new),
         torch.cat([prompt.position_ids, after], dim=-1),

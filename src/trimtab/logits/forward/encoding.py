@@ -1,0 +1,76 @@
+"""Prompts become model inputs: the shared, plain prompt, and beside it what members with own prompts read instead."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from trimtab.core.errors import BadSetting
+from trimtab.models.prompts import PromptForm, as_prompts, empty_prompt, ids_of, left_padded
+
+OWN_INPUTS = ("member_prompt_ids", "member_prompt_mask", "prompt_length")
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Renders and pads the prompts of all members.
+
+    member_names    in the order of the member axis
+    forms           {member: form}; members without one read the plain prompt
+    """
+
+    tokenizer: Any
+    member_names: tuple[str, ...]
+    forms: Mapping[str, PromptForm]
+    pad_id: int
+
+    @property
+    def readers(self) -> list[str]:
+        """Members that read a prompt of their own."""
+        return [name for name, form in self.forms.items() if not form.is_plain]
+
+    def encode(self, prompts: Any) -> dict[str, Any]:
+        """Inputs of one or several prompts, texts or conversations; see `FusedCausalLM.encode`."""
+        rows = as_prompts(prompts)
+        if self.tokenizer is None:
+            raise BadSetting("this fused model has no tokenizer.", fix="pass tokenizer=... to from_members.")
+        return self._inputs(rows, [PromptForm().render(self.tokenizer, prompt) for prompt in rows])
+
+    def own_inputs(self, input_ids: Int[Tensor, "batch time"], mask: Tensor | None) -> dict[str, Any]:
+        """The members' own prompts for tokens that came without them: rendered from the text that they decode to.
+
+        raises    BadSetting where the tokenizer would make other tokens of that text
+        """
+        kept = torch.ones_like(input_ids) if mask is None else mask
+        shared = [row[keep.bool()].tolist() for row, keep in zip(input_ids, kept, strict=True)]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in shared]
+        if any(ids_of(self.tokenizer, text) != row for text, row in zip(texts, shared, strict=True)):
+            raise BadSetting(
+                "these tokens are not what the tokenizer makes of their text, so members cannot be given their own "
+                "rendering of it.",
+                "Members of this fused model read prompts of their own.",
+                "call generate(**fused.encode(prompts)) with the prompts as they were written.",
+            )
+        inputs = self._inputs(texts, shared) | {"prompt_length": input_ids.shape[1]}
+        return {name: inputs[name] for name in OWN_INPUTS}
+
+    def _inputs(self, prompts: Sequence[Any], shared: Sequence[list[int]]) -> dict[str, Any]:
+        """Inputs of prompts whose shared tokens are known."""
+        if not all(shared):
+            raise empty_prompt(f"prompt {[len(ids) for ids in shared].index(0)} has no tokens.")
+        ids, mask = left_padded(shared, self.pad_id)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if not self.readers:
+            return inputs
+        forms = [self.forms.get(name, PromptForm()) for name in self.member_names]
+        rendered = [
+            plain if form.is_plain else form.render(self.tokenizer, prompt)
+            for prompt, plain in zip(prompts, shared, strict=True)
+            for form in forms
+        ]
+        own_ids, own_mask = left_padded(rendered, self.pad_id)
+        shape = (len(shared), len(forms), own_ids.shape[1])
+        return inputs | dict(zip(OWN_INPUTS, (own_ids.view(shape), own_mask.view(shape), ids.shape[1]), strict=True))

@@ -1,0 +1,1 @@
+"""A strategy: an amount (how much of an expert's delta is added) and a chooser (which experts speak)."""

@@ -1,0 +1,37 @@
+"""One decoding step as the strategies see it: all members' next-token laws at one position."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trimtab.logits.solver.deltas import DeltaTargets, measure_deltas
+from trimtab.logits.solver.tilted import take_expert
+
+
+@dataclass(frozen=True)
+class Step:
+    """All members' log-probabilities at one position of every row.
+
+    strong, base  [batch, vocab]
+    experts       [expert, batch, vocab]
+    who           [expert, batch]         which of all experts stands in each place; matters once a step is narrowed
+    names         names of all experts, in the order of `who`; empty when nobody named them
+    """
+
+    strong: Float[Tensor, "batch vocab"]
+    base: Float[Tensor, "batch vocab"]
+    experts: Float[Tensor, "expert batch vocab"]
+    who: Int[Tensor, "expert batch"]
+    names: tuple[str, ...] = ()
+
+    @cached_property
+    def deltas(self) -> DeltaTargets:
+        """Every expert's delta, with its own targets."""
+        return measure_deltas(self.strong, self.base, self.experts)
+
+    def narrow(self, expert: Int[Tensor, " batch"]) -> "Step":
+        """The same step with one expert per row, given by `expert` [batch]: the others are not looked at."""
+        experts, who = take_expert(self.experts, expert).unsqueeze(0), take_expert(self.who, expert).unsqueeze(0)
+        return Step(self.strong, self.base, experts, who, self.names)

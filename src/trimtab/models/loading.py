@@ -1,0 +1,309 @@
+"""From references to models: each directory is loaded once, adapters share their base, nothing is fetched twice."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.core.errors import MemberMismatch, UnreadableModel, unknown_name
+from trimtab.models import adapters, references, vocabulary
+from trimtab.models.references import Reference
+
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names for device maps
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How members are loaded, each setting one for all or {member: ...}.
+
+    dtype     None or "auto": as stored; embedded models, which are stored narrow to be small, in float32
+    device    None: the CPU; "auto" and its kin: spread by transformers over what there is (needs accelerate);
+              {"": device} is transformers' way to say one for all
+    """
+
+    dtype: Any = None
+    device: Any = None
+    attn_implementation: str | None = None
+
+    def check_names(self, members: Iterable[str]) -> None:
+        """Raises UnknownName when a number type or a device is given for a member that is not there."""
+        known = tuple(members)
+        for setting, given in (("dtype", self.dtype), ("device", self.device)):
+            for name in given if isinstance(given, Mapping) else ():
+                if name not in known and not (name == "" and setting == "device"):
+                    raise unknown_name(f"member (in {setting})", str(name), known)
+
+    def dtype_of(self, name: str, reference: Reference) -> Any:
+        """The number type of one member."""
+        dtype = self.dtype.get(name) if isinstance(self.dtype, Mapping) else self.dtype
+        if dtype is None or dtype == "auto":
+            return torch.float32 if reference.is_zoo else "auto"
+        return dtype
+
+    def device_of(self, name: str) -> Any:
+        """The device of one member; None: where it was loaded."""
+        return self.device.get("", self.device.get(name)) if isinstance(self.device, Mapping) else self.device
+
+
+@dataclass
+class Member:
+    """One model that is asked at every step.
+
+    model      the transformers model; an adapter's member shows the model that it sits on
+    adapter    the name by which the switch selects it; None: the bare model
+    doubt      of an expert that is an adapter: why the base may not be the model that it was trained on; empty when
+               that was checked
+    """
+
+    name: str
+    model: Any
+    adapter: str | None = None
+    reference: Reference | None = None
+    directory: Path | None = None
+    tokenizer: Any = None
+    doubt: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the output layer, padding included."""
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        return int(weight.shape[0]) if weight is not None else int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can read at most; None when its configuration sets no limit."""
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+
+class MemberLoader:
+    """Loads members; a directory that is asked for twice is loaded once."""
+
+    def __init__(self, placement: Placement, beside: Path | None = None) -> None:
+        self._placement = placement
+        self._beside = beside
+        self._models: dict[Any, Any] = {}
+        self.switches: dict[int, adapters.AdapterSwitch] = {}
+
+    def member(self, name: str, source: Any, base: Member | None = None) -> Member:
+        """The member of this name.
+
+        source    a loaded model (transformers or peft), or a reference: path, zoo: name, hub id, Reference
+        base      for an expert: what its adapter sits on
+        """
+        if isinstance(source, nn.Module):
+            return self._given(name, source, base)
+        reference = source if isinstance(source, Reference) else references.parse_reference(source)
+        reference, directory = references.locate(reference, self._beside)
+        references.check_directory(directory)
+        references.check_digest(name, reference, directory)
+        tokenizer = vocabulary.load_tokenizer(directory)
+        if not references.is_adapter(directory):
+            return Member(name, self._load(name, reference, directory), None, reference, directory, tokenizer)
+        under, doubt = self._under(name, directory, base)
+        switch = self.switches.setdefault(id(under.model), adapters.switch_for(under.model))
+        key = ("adapter", directory, id(under.model))
+        if key not in self._models:
+            self._models[key] = switch.attach(name, directory)
+        return Member(name, under.model, self._models[key], reference, directory, tokenizer or under.tokenizer, doubt)
+
+    def _given(self, name: str, model: Any, base: Member | None) -> Member:
+        """A member from a loaded model; a peft model stands for its active adapter on its base."""
+        adapter, recorded = None, None
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            adapter = model.active_adapter
+            recorded = model.peft_config[adapter].base_model_name_or_path
+            model = model.get_base_model()
+        if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+            raise MemberMismatch(
+                f"member '{name}' is a {type(model).__name__}.",
+                "A member is a causal language model of transformers, a path, a zoo: name or a hub id.",
+                "load it with AutoModelForCausalLM.from_pretrained.",
+            )
+        _check_kind(name, model)
+        if adapters.has_adapters(model):
+            self.switches[id(model)] = adapters.switch_for(model)
+        doubt = ""
+        # An adapter that was made in memory, on a base without a name, records none either.
+        if adapter is not None and base is not None and base.model is model and (recorded or model.config.name_or_path):
+            doubt = _doubt(recorded, self._find(recorded, None), base)
+        return Member(name, model.eval(), adapter, doubt=doubt)
+
+    def _under(self, name: str, directory: Path, base: Member | None) -> tuple[Member, str]:
+        """The model that an adapter sits on, and what is doubtful about it (see Member).
+
+        An expert's is the base; any other's is the one that it names.
+        """
+        recorded = adapters.base_name(directory)
+        located = self._find(recorded, directory)
+        if base is not None:
+            if located is not None and base.directory is not None and not _same_model(located, base.directory):
+                raise MemberMismatch(
+                    f"expert '{name}' is an adapter of '{recorded}', but the base is '{base.directory}'.",
+                    "An expert's delta is taken against the model that it was tuned from.",
+                    f"pass base='{recorded}'.",
+                )
+            return base, _doubt(recorded, located, base)
+        if recorded is None:
+            raise UnreadableModel(
+                f"the adapter '{name}' ({directory}) does not say which model it sits on.",
+                "adapter_config.json names it in base_model_name_or_path.",
+                "write it there, or merge the adapter into a model of its own.",
+            )
+        is_path = located is not None and not recorded.startswith(references.ZOO)
+        return self.member(name, Reference(str(located)) if is_path else recorded), ""
+
+    def _find(self, recorded: str | None, directory: Path | None) -> Path | None:
+        """The local model directory that an adapter names as its base, if there is one; never asks the network."""
+        if not recorded:
+            return None
+        if recorded.startswith(references.ZOO):
+            return references.locate(Reference(recorded))[1]
+        for place in (Path(recorded).expanduser(), *([] if directory is None else [directory / recorded])):
+            if (place / "config.json").is_file():
+                return place.resolve()
+        return None
+
+    def _load(self, name: str, reference: Reference, directory: Path) -> Any:
+        dtype, device = self._placement.dtype_of(name, reference), self._placement.device_of(name)
+        key = (directory, str(dtype), str(device))
+        if key not in self._models:
+            self._models[key] = load_model(name, directory, dtype, device, self._placement.attn_implementation)
+        return self._models[key]
+
+
+def load_model(
+    name: str, directory: Path, dtype: Any = "auto", device: Any = None, attn_implementation: str | None = None
+) -> Any:
+    """A causal language model from safetensors, complete: no weight missing, none reinitialised, no foreign code.
+
+    raises    UnreadableModel when weights are missing or have another shape, or the files cannot be read
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                device_map=device if device in SPREADING else None,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # from safetensors' own to ValueError for unknown architectures
+        raise UnreadableModel(
+            f"member '{name}' cannot be loaded from '{directory}': {_first_line(error)}",
+            "A member is a causal language model that transformers knows, in safetensors; no code of others is run.",
+            "write the directory again with save_pretrained.",
+        ) from error
+    lost = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if lost:
+        raise UnreadableModel(
+            f"member '{name}' ({directory}) lacks {len(lost)} of its weights, such as {lost[0]}.",
+            "Loading would fill them with random numbers.",
+            "write the directory again with save_pretrained.",
+        )
+    _check_kind(name, model)
+    return (model if device is None or device in SPREADING else model.to(device)).eval()
+
+
+def _doubt(recorded: str | None, located: Path | None, base: Member) -> str:
+    """Why the base may not be the model that an adapter was trained on; empty when it is, as far as can be told.
+
+    recorded   what the adapter names, a path or a hub id
+    located    the directory of that model, if it is here: then weights are compared, and otherwise names
+    """
+    if located is not None:
+        # A base that was opened from a directory was compared file by file already.
+        if base.directory is not None or _holds(located, base.model):
+            return ""
+        return f"it is an adapter of '{recorded}', whose weights are not those of the loaded base"
+    names = {base.model.config.name_or_path or ""} | ({base.reference.where} if base.reference is not None else set())
+    if recorded and recorded in names:
+        return ""
+    named = " or ".join(f"'{name}'" for name in sorted(names - {""})) or "a model without a name"
+    what = f"it is an adapter of '{recorded}', which is not here" if recorded else "the adapter names no base"
+    return f"{what} and cannot be compared with {named}"
+
+
+@contextlib.contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Loading bars only where somebody watches."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def saved_reference(member: Member) -> tuple[Reference, Path]:
+    """Where a member can be loaded from again; a loaded model is held against the files that it names.
+
+    raises    MemberMismatch when it was never saved, or differs from what is there
+    """
+    if member.reference is not None and member.directory is not None:
+        return member.reference, member.directory
+    named = getattr(member.model, "name_or_path", "") or ""
+    directory = Path(named) if named else None
+    if member.adapter is not None or directory is None or not directory.is_dir() or not _holds(directory, member.model):
+        raise MemberMismatch(
+            f"member '{member.name}' lives in memory only, or differs from its files{f' in {named}' if named else ''}.",
+            "A fused directory holds references to the members, no weights.",
+            "save it with save_pretrained(DIR), and build the fused model from that path.",
+        )
+    return Reference(str(directory.resolve())), directory.resolve()
+
+
+def _holds(directory: Path, model: nn.Module) -> bool:
+    """Whether the safetensors of a directory hold this model's weights: the first numbers of every tensor agree."""
+    from safetensors import safe_open
+
+    # Where adapters sit, peft has put the model's own layer one level down.
+    ours = {re.sub(r"\.(base_layer|original_module)\b", "", key): value for key, value in model.state_dict().items()}
+    seen = 0
+    for file in references.weight_files(directory):
+        with safe_open(str(file), framework="pt") as tensors:
+            for key in set(tensors.keys()) & set(ours):
+                part = tensors.get_slice(key)
+                index = tuple(slice(0, min(size, 4)) for size in part.get_shape())
+                stored = part[index] if index else tensors.get_tensor(key)
+                here = ours[key][index] if index else ours[key]
+                if stored.shape != here.shape or not torch.equal(stored.to(here.dtype), here.cpu()):
+                    return False
+                seen += 1
+    return seen > 0
+
+
+def _same_model(one: Path, other: Path) -> bool:
+    return os.path.samefile(one, other) or references.digest(one) == references.digest(other)
+
+
+def _check_kind(name: str, model: Any) -> None:
+    if model.config.model_type == "trimtab" or model.config.is_encoder_decoder:
+        kind = "a fused model" if model.config.model_type == "trimtab" else "an encoder-decoder model"
+        raise MemberMismatch(
+            f"member '{name}' is {kind}.",
+            "A member is a plain causal language model.",
+            "pass its members, or another model.",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,164 @@
+"""What an engine must hold to serve a fused directory: bodies to run, and which of them each member is.
+
+Nothing here knows vLLM.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.core.errors import BadSetting, MemberMismatch, UnreadableModel, VocabularyMismatch
+from trimtab.logits import saving
+from trimtab.logits.config import FusedConfig
+from trimtab.logits.speculation.draft import Drafter, check_rule, drafter_for
+from trimtab.logits.strategy.fusion import Strategy, strategy_from_dict
+from trimtab.models import references
+
+DRAFTER = "drafter"  # in config.json: who drafts, a member or a rule; fused directories have no such entry
+
+
+@dataclass(frozen=True)
+class Body:
+    """One model that reads the tokens.
+
+    key         its name as a module: never a bare number, from which vLLM would count layers
+    member      the first member that it serves, for messages
+    directory   configuration and weights
+    adapter     the PEFT adapter to be merged into these weights; None: they are taken as they are
+    """
+
+    key: str
+    member: str
+    directory: Path
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """A fused directory, checked and made definite.
+
+    bodies      each distinct model once, the strong one first
+    body_of     for strong, base and each expert: its place in `bodies`; for a drafter: for each of its members
+    vocab_size  tokens that are fused; padding rows beyond them are cut
+    drafter     set where the directory is that of a drafter (see `drafting`): it answers with its own law, not the
+                fused one, and only its members are run
+    """
+
+    bodies: tuple[Body, ...]
+    body_of: tuple[int, ...]
+    strategy: Strategy
+    vocab_size: int
+    drafter: Drafter | None = None
+
+
+def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
+    """The bodies and the strategy that a fused directory's configuration names.
+
+    directory   where relative references start
+    raises      UnreadableModel, MemberMismatch when a member has changed, OfflineError; BadSetting and MemberMismatch
+                for what vLLM cannot run: prompts of a member's own, a strong or base model that is an adapter
+    """
+    _refuse_own_prompts(config)
+    strong, base, experts = saving.references_of(config)
+    strategy = strategy_from_dict(config.strategy or {}, tuple(experts))
+    drafter = _drafter_of(config, strategy)
+    keys = {"strong": "strong", "base": "base", **{name: f"expert_{place}" for place, name in enumerate(experts)}}
+    named = {"strong": strong, "base": base, **experts}
+    places = {name: _locate(name, reference, directory) for name, reference in named.items()}
+    for name in ("strong", "base"):
+        _refuse_adapter(name, places[name])
+    bodies: dict[tuple[Path, Path | None], Body] = {}
+    body_of = []
+    for name in named if drafter is None else drafter.members:
+        place = places[name]
+        weights, adapter = (places["base"], place) if references.is_adapter(place) else (place, None)
+        bodies.setdefault((weights, adapter), Body(keys[name], name, weights, adapter))
+        body_of.append(list(bodies).index((weights, adapter)))
+    return ServingPlan(tuple(bodies.values()), tuple(body_of), strategy, config.vocab_size, drafter)
+
+
+def _drafter_of(config: FusedConfig, strategy: Strategy) -> Drafter | None:
+    rule = getattr(config, DRAFTER, None)
+    if rule is None:
+        return None
+    names = strategy.expert_names
+    check_rule(rule, names)
+    return drafter_for(rule, names, strategy, torch.zeros(len(names)))
+
+
+def _locate(name: str, reference: references.Reference, directory: Path) -> Path:
+    found, place = references.locate(reference, beside=directory)
+    references.check_directory(place)
+    references.check_digest(name, found, place)
+    return place
+
+
+def _refuse_own_prompts(config: FusedConfig) -> None:
+    own = [name for name, form in (config.prompts or {}).items() if form]
+    if own:
+        raise BadSetting(
+            f"{', '.join(own)} read prompts of their own.",
+            "vLLM feeds every member the same tokens.",
+            "fuse again without prompts, or use the transformers engine.",
+        )
+
+
+def _refuse_adapter(name: str, place: Path) -> None:
+    if references.is_adapter(place):
+        raise MemberMismatch(
+            f"the {name} model '{place}' is an adapter.",
+            "vLLM merges adapters of experts into the base; other members are models of their own.",
+            "merge it: peft's merge_and_unload(), save_pretrained, then fuse again.",
+        )
+
+
+def check_body(body: Body, config: Any, vocab_size: int, tensor_parallel: int) -> None:
+    """Refuses a member that cannot be run as asked, naming it.
+
+    config            the member's configuration, as transformers reads it
+    vocab_size        tokens that are fused
+    tensor_parallel   processes that share each member
+    raises            VocabularyMismatch, BadSetting, UnreadableModel
+    """
+    text = config.get_text_config(decoder=True)
+    if text.vocab_size < vocab_size:
+        raise VocabularyMismatch(
+            f"member '{body.member}' scores {text.vocab_size} tokens, {vocab_size} are fused.",
+            "Every member must know every token.",
+            "fuse again with members that share one tokenizer.",
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnreadableModel(
+            f"member '{body.member}' ({body.directory}) is quantized.",
+            "Members are served in one number type, that of the engine.",
+            "take the member's unquantized weights.",
+        )
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    # Key-value heads may also be repeated, where there are fewer of them than processes.
+    if heads % tensor_parallel or (kv_heads % tensor_parallel and tensor_parallel % kv_heads):
+        raise BadSetting(
+            f"member '{body.member}' has {heads} attention heads and {kv_heads} key-value heads, which "
+            f"{tensor_parallel} processes cannot share.",
+            "Tensor parallelism splits the heads of every member.",
+            "choose a tensor_parallel_size that divides the heads of all members.",
+        )
+
+
+def check_complete(body: Body, wanted: Iterable[str], loaded: Iterable[str] | None) -> None:
+    """Refuses a member of which some weights were not in its files.
+
+    wanted   names of its parameters
+    loaded   those that were filled; None: the architecture does not tell
+    raises   UnreadableModel, naming member and weight
+    """
+    missing = sorted(set(wanted) - set(loaded)) if loaded is not None else []
+    if missing:
+        raise UnreadableModel(
+            f"member '{body.member}' ({body.directory}) lacks {len(missing)} of its weights, such as {missing[0]}.",
+            "Loading would leave them random.",
+            "write the directory again with save_pretrained.",
+        )
