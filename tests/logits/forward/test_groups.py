@@ -523,7 +523,7 @@ def test_a_forward_put_into_a_large_layer_is_called_and_stays():
         tiny.make(seed=0), base, {"m": tiny.tuned(base, 3)}, tokenizer=tiny.make_tokenizer(), one_pass=False
     )
     layer, ids = base.model.layers[0].self_attn.q_proj, torch.tensor([[7, 8, 9]])
-    assert layer in model.reader.groups[1]._body._forwards  # one of ours would stand in for it
+    assert layer in model.reader.groups[1]._forward_fn._forwards  # one of ours would stand in for it
     before = model(ids).logits
     forward, calls = patch(layer)
     found = model(ids).logits

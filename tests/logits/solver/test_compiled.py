@@ -284,7 +284,7 @@ def test_without_numba_everything_works(tmp_path):
         "import sys; sys.modules['numba'] = None\n"
         "import importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'numba' else find(name, *rest)\n"
-        "import torch; from trimtab import make_strategy; from trimtab.core import compiled\n"
+        "import torch; from trimtab import make_strategy; from trimtab.logits.solver import compiled\n"
         "laws = torch.randn(3, 2, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)\n"
         "fusion = make_strategy('dynamic')(laws[0], laws[1], laws[2:])\n"
         "compiled.warm_up()\n"
@@ -299,7 +299,7 @@ def test_where_nothing_can_be_written_it_is_compiled_all_the_same(tmp_path):
     code = (
         "import numba.core.caching as c\n"
         "c.CacheImpl._locator_classes = []; c.CompileResultCacheImpl._locator_classes = []\n"
-        "from trimtab.core import kernel\n"
+        "from trimtab.logits.solver import kernel\n"
         "print(kernel._exp(1.0))"
     )
     environment = {"PYTHONPATH": str(Path(trimtab.__file__).parents[1]), "HOME": str(tmp_path)}
