@@ -14,13 +14,13 @@ def test_arms_are_lanes_apart_and_joint(kind):
     assert all(record[onepass.FIGURE] > 0 for records in case.runs.values() for record in records)
     assert case.facts["groups"] == [{LORA: "adapters", FULL: "stacked"}[kind]]
     fused = onepass.fused_model(Point(kind, 2, 0, 1), 2)
-    apart, joint = onepass.lanes_of(fused)
+    apart, joint = onepass.groups_of(fused)
     assert [group.runs for group in apart] == [(1,), (2,), (3,)]
     assert [group.runs for group in joint] == [(1, 2, 3)]
 
 
 def test_a_stepper_steps_after_the_same_past():
-    groups, _ = onepass.lanes_of(onepass.fused_model(Point(FULL, 1, 0, 1), 1))
+    groups, _ = onepass.groups_of(onepass.fused_model(Point(FULL, 1, 0, 1), 1))
     stepper = onepass.Stepper(groups, 2)
     for repeat in range(2):
         stepper(repeat)
