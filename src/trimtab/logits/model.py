@@ -146,16 +146,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
     def _of(
         cls, members: Members, strategy: Any, tokenizer: Any, prompts: Mapping[str, Any], one_pass: OnePass
     ) -> "FusedCausalLM":
-        tokenizers = {member.name: member.tokenizer for member in members if member.tokenizer is not None}
-        if tokenizer is not None:
-            tokenizers = {"the tokenizer given": tokenizer} | tokenizers
-        vocabulary.check_tokenizers(tokenizers)
-        tokenizer = next(iter(tokenizers.values()), None)
-        size = vocabulary.fused_size(tokenizer, {member.name: member.rows for member in members})
-        config = saving.make_config(members, tokenizer, size)
-        forms = saving.read_forms(members, tokenizer, prompts)
-        config.prompts = {name: form.to_dict() for name, form in forms.items()} or None
-        config.one_pass = one_pass
+        config, tokenizer, forms = saving.settle(members, tokenizer, prompts, one_pass)
         return cls(config, members, strategy, tokenizer, forms)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], overwrite: bool = True, **kwargs: Any) -> None:

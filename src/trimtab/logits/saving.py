@@ -8,7 +8,7 @@ from trimtab.core.errors import BadSetting, UnreadableModel
 from trimtab.core.files import atomic_directory
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.members import Members
-from trimtab.models import references
+from trimtab.models import references, vocabulary
 from trimtab.models.loading import saved_reference
 from trimtab.models.prompts import PromptForm, read_form
 from trimtab.models.references import Reference
@@ -21,6 +21,27 @@ WRITTEN = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 NOTHING_MISSING: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+
+
+def settle(
+    members: Members, tokenizer: Any, prompts: Mapping[str, Any], one_pass: bool | str
+) -> tuple[FusedConfig, Any, dict[str, PromptForm]]:
+    """What follows from the members before any of them is read: configuration, tokenizer and prompt forms.
+
+    tokenizer    what all members share; None: the one beside the strong model, or beside another member
+    raises       VocabularyMismatch, BadSetting
+    """
+    tokenizers = {member.name: member.tokenizer for member in members if member.tokenizer is not None}
+    if tokenizer is not None:
+        tokenizers = {"the tokenizer given": tokenizer} | tokenizers
+    vocabulary.check_tokenizers(tokenizers)
+    tokenizer = next(iter(tokenizers.values()), None)
+    size = vocabulary.fused_size(tokenizer, {member.name: member.rows for member in members})
+    config = make_config(members, tokenizer, size)
+    forms = read_forms(members, tokenizer, prompts)
+    config.prompts = {name: form.to_dict() for name, form in forms.items()} or None
+    config.one_pass = one_pass
+    return config, tokenizer, forms
 
 
 def make_config(members: Members, tokenizer: Any, vocab_size: int) -> FusedConfig:
