@@ -52,6 +52,12 @@ def add_members(parser: argparse.ArgumentParser) -> None:
         help='how a member reads the prompt: "chat" for its chat template, or a text with {prompt}; '
         "MEMBER is strong, base or an expert's name",
     )
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE|MEMBER|NAME",
+        help="how conversations are written: a file with a Jinja template, the template of a member, or a named one; "
+        "by default the strong model's, or that of another member",
+    )
 
 
 def add_directory(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +143,8 @@ def members_of(args: argparse.Namespace) -> dict[str, Any]:
     if len(experts) < len(args.expert):
         raise InputError("two experts have the same name.", fix="name each one: --expert NAME=MODEL.")
     prompts = dict(named(prompt, "--prompt") for prompt in args.prompt)
-    return {"strong": args.strong, "base": args.base, "experts": experts, "prompts": prompts or None}
+    found = {"strong": args.strong, "base": args.base, "experts": experts, "prompts": prompts or None}
+    return found if args.chat_template is None else found | {"chat_template": args.chat_template}
 
 
 def named(text: str, option: str, allow_bare: bool = False) -> tuple[str, str]:
@@ -165,8 +172,9 @@ def check_pointed(args: argparse.Namespace) -> None:
         raise InputError(
             "no model was given.", "Expected: a fused directory, or --strong, --base and --expert.", "add one of them."
         )
-    if args.model and args.prompt:
-        raise InputError("--prompt is part of a fused directory.", fix="give it to `trimtab fuse`.")
+    for option, given in (("--prompt", args.prompt), ("--chat-template", args.chat_template)):
+        if args.model and given:
+            raise InputError(f"{option} is part of a fused directory.", fix="give it to `trimtab fuse`.")
 
 
 def open_fused(args: argparse.Namespace) -> Any:

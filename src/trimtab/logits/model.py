@@ -89,6 +89,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         device: Any = None,
         attn_implementation: str | None = None,
         one_pass: OnePass = "auto",
+        chat_template: str | None = None,
     ) -> "FusedCausalLM":
         """A fused model from loaded models or references (a path, a hub id, `id@revision`, `zoo:NAME`).
 
@@ -100,11 +101,14 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         dtype, device   for all members or {member: ...}; None: as stored (embedded models: float32), on the CPU; loaded
                         models stay as they are
         one_pass        whether small members are read in one forward: "auto", True or False, see the property
+        chat_template   how conversations are written: a member's name, the name of one of its templates, a file, or
+                        Jinja; None: the strong model's template, or that of another member
         raises          VocabularyMismatch, MemberMismatch, UnreadableModel, OfflineError, UnknownName, BadSetting
-        warns           TrimtabWarning for an expert that does not descend from the base
+        warns           TrimtabWarning for an expert that does not descend from the base, and for chat templates that
+                        differ between experts
         """
         members = member_loading.gather(strong, base, experts, Placement(dtype, device, attn_implementation))
-        fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass)
+        fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass, chat_template)
         member_loading.check_descent(members, fused.reader.read_alone, fused.config.vocab_size)
         return fused
 
@@ -144,9 +148,15 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     @classmethod
     def _of(
-        cls, members: Members, strategy: Any, tokenizer: Any, prompts: Mapping[str, Any], one_pass: OnePass
+        cls,
+        members: Members,
+        strategy: Any,
+        tokenizer: Any,
+        prompts: Mapping[str, Any],
+        one_pass: OnePass,
+        chat_template: str | None = None,
     ) -> "FusedCausalLM":
-        config, tokenizer, forms = saving.settle(members, tokenizer, prompts, one_pass)
+        config, tokenizer, forms = saving.settle(members, tokenizer, prompts, one_pass, chat_template)
         return cls(config, members, strategy, tokenizer, forms)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], overwrite: bool = True, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from trimtab.core.files import atomic_directory
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.members import Members
 from trimtab.models import references, vocabulary
+from trimtab.models.chat_templates import bound_template, template_of, with_chat_template
 from trimtab.models.loading import saved_reference
 from trimtab.models.prompts import PromptForm, read_form
 from trimtab.models.references import Reference
@@ -24,12 +25,17 @@ NOTHING_MISSING: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set
 
 
 def settle(
-    members: Members, tokenizer: Any, prompts: Mapping[str, Any], one_pass: bool | str
+    members: Members,
+    tokenizer: Any,
+    prompts: Mapping[str, Any],
+    one_pass: bool | str,
+    chat_template: str | None = None,
 ) -> tuple[FusedConfig, Any, dict[str, PromptForm]]:
     """What follows from the members before any of them is read: configuration, tokenizer and prompt forms.
 
-    tokenizer    what all members share; None: the one beside the strong model, or beside another member
-    raises       VocabularyMismatch, BadSetting
+    tokenizer      what all members share; None: the one beside the strong model, or beside another member
+    chat_template  which chat template serves, see `with_chat_template`
+    raises         VocabularyMismatch, BadSetting, MemberMismatch, UnknownName
     """
     tokenizers = {member.name: member.tokenizer for member in members if member.tokenizer is not None}
     if tokenizer is not None:
@@ -37,6 +43,7 @@ def settle(
     vocabulary.check_tokenizers(tokenizers)
     tokenizer = next(iter(tokenizers.values()), None)
     size = vocabulary.fused_size(tokenizer, {member.name: member.rows for member in members})
+    tokenizer = with_chat_template(tokenizer, template_owners(members), chat_template)
     config = make_config(members, tokenizer, size)
     forms = read_forms(members, tokenizer, prompts)
     config.prompts = {name: form.to_dict() for name, form in forms.items()} or None
@@ -73,6 +80,12 @@ def _end_ids(members: Members, vocab_size: int) -> list[int]:
     return [end for end in found if 0 <= end < vocab_size]
 
 
+def template_owners(members: Members) -> dict[str, Any]:
+    """{member: the tokenizer with its chat template, or None}: strong, the experts, then the base."""
+    ordered = (members.strong, *members.experts.values(), members.base)
+    return {member.name: member.chat_tokenizer for member in ordered}
+
+
 def read_forms(members: Members, tokenizer: Any, prompts: Mapping[str, Any]) -> dict[str, PromptForm]:
     """The prompt forms of members that have one; "chat" is the template beside the member, else the shared one."""
     by_name = {member.name: member for member in members}
@@ -83,7 +96,7 @@ def read_forms(members: Members, tokenizer: Any, prompts: Mapping[str, Any]) -> 
             )
     forms = {}
     for name, spec in prompts.items():
-        template = getattr(by_name[name].tokenizer, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        template = bound_template(by_name[name].chat_tokenizer, tokenizer) or template_of(tokenizer)
         forms[name] = read_form(name, spec, template)
     if any(not form.is_plain for form in forms.values()) and tokenizer is None:
         raise BadSetting("members have prompts of their own, but there is no tokenizer.", fix="pass tokenizer=....")

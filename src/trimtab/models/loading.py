@@ -58,8 +58,10 @@ class Member:
 
     model      the transformers model; an adapter's member shows the model that it sits on
     adapter    the name by which the switch selects it; None: the bare model
+    tokenizer  what its ids mean
     doubt      of an expert that is an adapter: why the base may not be the model that it was trained on; empty when
                that was checked
+    tokenizer_beside   of an adapter: the tokenizer in its directory, which says nothing about the ids of its base
     """
 
     name: str
@@ -69,6 +71,12 @@ class Member:
     directory: Path | None = None
     tokenizer: Any = None
     doubt: str = ""
+    tokenizer_beside: Any = None
+
+    @property
+    def chat_tokenizer(self) -> Any:
+        """The tokenizer whose chat template and end of text are this member's; None without any."""
+        return self.tokenizer if self.tokenizer_beside is None else self.tokenizer_beside
 
     @property
     def rows(self) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from trimtab.core.errors import BadSetting, EmptyPrompt, MemberMismatch
+from trimtab.models.chat_templates import Template, named_template, template_of
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
@@ -70,12 +71,13 @@ class PromptForm:
             return ids_of(tokenizer, prompt)
         if tokenizer.chat_template is None:
             raise BadSetting(
-                "the prompt is a conversation, but the tokenizer has no chat template.",
-                fix='pass a text, or give the members prompts: prompts={"NAME": "User: {prompt}\\nAssistant:"}.',
+                "the prompt is a conversation, but the tokenizer has no chat template, nor has any member.",
+                "Conversations are written by the chat template of the tokenizer, or of a member.",
+                "pass a text, or give a template: --chat-template FILE (chat_template= in Python).",
             )
-        return self._render_chat(tokenizer, prompt, tokenizer.chat_template)
+        return self._render_chat(tokenizer, prompt, named_template("the tokenizer", template_of(tokenizer)))
 
-    def _render_chat(self, tokenizer: Any, prompt: Prompt, chat: str) -> list[int]:
+    def _render_chat(self, tokenizer: Any, prompt: Prompt, chat: str | None) -> list[int]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         if self.system is not None and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": self.system})
@@ -93,10 +95,11 @@ class PromptForm:
         return _tokens(tokenizer, text, add_special_tokens=False)
 
 
-def read_form(member: str, spec: Any, chat_template: str | None) -> PromptForm:
+def read_form(member: str, spec: Any, chat_template: Template | None) -> PromptForm:
     """A prompt form from what a user writes or `config.json` holds.
 
-    spec            "plain", "chat", a text with {prompt}, or {"template": ...} / {"chat": true or Jinja, "system": ...}
+    spec            "plain", "chat", a text with {prompt}, or {"template": ...} / {"chat": ..., "system": ...}, where
+                    chat is true, the name of one of several templates, or Jinja
     chat_template   the member's own, for "chat"
     """
     if isinstance(spec, PromptForm):
@@ -120,7 +123,9 @@ def read_form(member: str, spec: Any, chat_template: str | None) -> PromptForm:
                 'prompts={"' + member + '": "chat"} asks for the template of its tokenizer.',
                 f'pass the template itself: prompts={{"{member}": {{"chat": JINJA}}}}, or a text with {{prompt}}.',
             )
-        parts["chat"] = chat_template
+        parts["chat"] = named_template(f"member '{member}'", chat_template)
+    elif isinstance(chat_template, dict):
+        parts["chat"] = chat_template.get(str(parts.get("chat")), parts.get("chat"))
     return PromptForm(**parts)
 
 
