@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trimtab.logits.registry import AMOUNTS, CHOOSERS
-from trimtab.logits.solver.hermite import places
+from trimtab.logits.solver.hermite import points
 from trimtab.logits.speculation.draft import drafter_for
 from trimtab.logits.strategy.fusion import make_strategy
 from trimtab.serving.batch_fusion import draft_rows, fuse_rows
@@ -80,7 +80,7 @@ class Tables(TorchFunctionMode):
 
 def waits(work, *shapes):
     """What of `work` would wait, on tensors of these shapes that lie on no device."""
-    places(torch.float64, torch.device("meta"))  # a table that is made once and kept: that may wait
+    points(torch.float64, torch.device("meta"))  # a table that is made once and kept: that may wait
     tensors = [torch.empty(shape, device="meta") for shape in shapes]
     with Waits() as noted, Tables(noted.found):
         work(tensors)

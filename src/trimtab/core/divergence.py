@@ -1,7 +1,7 @@
-"""Entropy and divergence of next-token laws given as log-probabilities.
+"""Entropy and divergence of next-token distributions given as log-probabilities.
 
-A token whose probability is zero, or too small for the type, counts nothing where its own law weighs the sum. Sums run
-in the input's type, float32 or wider.
+A token whose probability is zero, or too small for the type, counts nothing where its own distribution weighs it. Sums
+run in the input's type, float32 or wider.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 def kl_nats(
     p_log_probs: Float[Tensor, "*rows vocab"], q_log_probs: Float[Tensor, "*rows vocab"]
 ) -> Float[Tensor, "*rows"]:
-    """Divergence of two next-token laws, KL(p || q) = sum_v p_v (log p_v - log q_v).
+    """Divergence of two next-token distributions, KL(p || q) = sum_v p_v (log p_v - log q_v).
 
     p_log_probs  [..., vocab]   normalised log-probabilities
     q_log_probs  [..., vocab]   same axes, same token ids
@@ -26,7 +26,7 @@ def kl_nats(
 
 
 def entropy_nats(log_probs: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows"]:
-    """Entropy of a next-token law, -sum_v p_v log p_v.
+    """Entropy of a next-token distribution, -sum_v p_v log p_v.
 
     log_probs  [..., vocab]   normalised log-probabilities
     returns    [...]          nats, between 0 and log(vocab)

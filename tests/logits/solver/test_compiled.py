@@ -89,7 +89,7 @@ def gathered(pull, row, half):
     vocab = pull.family.strong.shape[-1]
     log_probs, deltas, moments = (torch.zeros(n, dtype=torch.float64).numpy() for n in (vocab + 8, vocab + 8, 18))
     strong, base, experts = pull.family._members
-    known = pull.family._known[row]
+    known = pull.family._row_stats[row]
     count = kernel._gather(strong[row], base[row], experts[0, row], known, half, log_probs, deltas, moments)
 
     def at(alpha):
@@ -203,7 +203,7 @@ def test_nearly_constant_deltas_keep_their_variance():
     """A mean far above the spread: the variance at alpha = 0 must not be a difference of two large squares."""
     strong, base, _ = draw_laws("gauss", rows=20, vocab=50, seed=9)
     ours, plain = both_deltas(strong, base, base + 900.0 + 1e-4 * strong)
-    spread = torch.from_numpy(ours.family._known[:, 2])
+    spread = torch.from_numpy(ours.family._row_stats[:, 2])
     truth = plain.family.at(torch.zeros(1, 20, dtype=torch.float64)).variance[0]
     torch.testing.assert_close(spread, truth, rtol=1e-4, atol=1e-20)
 

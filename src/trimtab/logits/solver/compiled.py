@@ -1,4 +1,4 @@
-"""The tilted family of members' laws on a CPU, worked on by compiled code: see `kernel`.
+"""The tilted family of members' distributions on a CPU, worked on by compiled code: see `kernel`.
 
 It answers what `TiltedFamily` answers, to rounding, and searches alpha by itself. Members are kept as they came; a
 float64 copy of them is made only for those who ask for `strong` or `delta`. Needs numba: without
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.logits.solver.hermite import places
+from trimtab.logits.solver.hermite import points
 from trimtab.logits.solver.tilted import Moments, Tilt, TiltedFamily
 from trimtab.logits.solver.tolerances import RULED_OUT_NATS
 
@@ -38,17 +38,17 @@ def can_take(*log_probs: Tensor) -> bool:
     """Whether compiled code can work on these log-probabilities."""
     return (
         is_available()
-        and len({law.dtype for law in log_probs}) == 1
+        and len({given.dtype for given in log_probs}) == 1
         and log_probs[0].dtype in (torch.float32, torch.float64)
-        and all(law.device.type == "cpu" and not law.requires_grad for law in log_probs)
+        and all(given.device.type == "cpu" and not given.requires_grad for given in log_probs)
     )
 
 
 def warm_up() -> None:
     """Have everything compiled for float32 members; nothing to do where numba is missing."""
     if is_available():
-        law = torch.tensor([[0.5, 0.5]]).log()
-        family = CompiledFamily(law, law, law.unsqueeze(0))
+        halves = torch.tensor([[0.5, 0.5]]).log()
+        family = CompiledFamily(halves, halves, halves.unsqueeze(0))
         family.match(family.forward, family.reverse, alpha_max=1.0, evaluations=3)
         family.smaller_root(family.forward, family.reverse, alpha_max=1.0, evaluations=2)
         alpha = torch.ones(1, 1, dtype=torch.float64)
@@ -73,13 +73,13 @@ class CompiledFamily:
         base: Float[Tensor, "batch vocab"],
         experts: Float[Tensor, "expert batch vocab"],
     ) -> None:
-        self._laws = strong, base, experts
-        self._members = tuple(law.detach().contiguous().numpy() for law in (strong, base, experts))
+        self._given = strong, base, experts
+        self._members = tuple(given.detach().contiguous().numpy() for given in (strong, base, experts))
         self._shape = experts.shape[:2]
         self._count = 0
-        self._known = np.empty((experts.shape[0] * experts.shape[1], 6))
-        self._run(lambda kernel, a, b: kernel.prepare_rows(*self._members, a, b, self._known))
-        row_stats = torch.from_numpy(self._known).view(*self._shape, 6)
+        self._row_stats = np.empty((experts.shape[0] * experts.shape[1], 6))
+        self._run(lambda kernel, a, b: kernel.prepare_rows(*self._members, a, b, self._row_stats))
+        row_stats = torch.from_numpy(self._row_stats).view(*self._shape, 6)
         self.forward, self.reverse = row_stats[..., 3], row_stats[..., 4]
 
     @property
@@ -90,7 +90,7 @@ class CompiledFamily:
     @cached_property
     def plain(self) -> TiltedFamily:
         """The same family on float64 tensors."""
-        strong, base, experts = (law.double() for law in self._laws)
+        strong, base, experts = (given.double() for given in self._given)
         is_shared = (base > RULED_OUT_NATS) & (experts > RULED_OUT_NATS)
         return TiltedFamily(strong, torch.where(is_shared, experts - base, 0.0))
 
@@ -106,25 +106,25 @@ class CompiledFamily:
 
     def at(self, alpha: Float[Tensor, "expert batch"]) -> Moments:
         """A, A' and A'' at alpha, one number per row; costs one pass over the vocabulary."""
-        alphas, moments = _numbers(alpha).reshape(-1), np.empty((3, self._known.shape[0]))
-        self._run(lambda kernel, a, b: kernel.evaluate(*self._members, self._known, alphas, a, b, moments))
+        alphas, moments = _numbers(alpha).reshape(-1), np.empty((3, self._row_stats.shape[0]))
+        self._run(lambda kernel, a, b: kernel.evaluate(*self._members, self._row_stats, alphas, a, b, moments))
         self._count += 1
         log_partition, mean, variance = torch.from_numpy(moments).view(3, *self._shape)
         return Moments(alpha, log_partition, mean, variance)
 
     def tilt(self, alpha: Float[Tensor, "expert batch"], expert: Int[Tensor, " batch"]) -> Tilt:
-        """The law p_a of one expert per row and how far it moved; log-probabilities in the members' type.
+        """The distribution p_a of one expert per row and how far it moved; log-probabilities in the members' type.
 
         alpha    [expert, batch]
-        expert   [batch]          which expert speaks in each row
+        expert   [batch]          which expert is chosen in each row
         """
         log_probs, moved = (
-            torch.empty_like(self._laws[0], memory_format=torch.contiguous_format),
+            torch.empty_like(self._given[0], memory_format=torch.contiguous_format),
             np.empty((2, self._shape[1])),
         )
-        alphas, who, law = _numbers(alpha), expert.contiguous().numpy(), log_probs.numpy()
+        alphas, who, written = _numbers(alpha), expert.contiguous().numpy(), log_probs.numpy()
         self._run(
-            lambda kernel, a, b: kernel.write_fused(*self._members, self._known, alphas, who, a, b, law, moved),
+            lambda kernel, a, b: kernel.write_fused(*self._members, self._row_stats, alphas, who, a, b, written, moved),
             self._shape[1],
         )
         kl_nats, reverse_kl_nats = torch.from_numpy(moved)
@@ -155,10 +155,10 @@ class CompiledFamily:
     ) -> Tensor:
         targets = np.stack([_numbers(forward).reshape(-1), _numbers(reverse).reshape(-1)])
         found = np.empty((results, targets.shape[1]))
-        tables = tuple(table.numpy() for table in places(torch.float64, torch.device("cpu")))
+        tables = tuple(table.numpy() for table in points(torch.float64, torch.device("cpu")))
         self._run(
             lambda kernel, a, b: getattr(kernel, name)(
-                *self._members, self._known, targets, alpha_max, evaluations, *tables, a, b, found
+                *self._members, self._row_stats, targets, alpha_max, evaluations, *tables, a, b, found
             )
         )
         self._count += int(found[-1].max(initial=0.0))
@@ -168,8 +168,8 @@ class CompiledFamily:
         """Work on all rows, in threads of their own where there is enough of it."""
         from trimtab.logits.solver import kernel
 
-        rows = self._known.shape[0] if rows is None else rows
-        threads = min(rows, torch.get_num_threads()) if rows * self._laws[0].shape[-1] >= WORTH_THREADS else 1
+        rows = self._row_stats.shape[0] if rows is None else rows
+        threads = min(rows, torch.get_num_threads()) if rows * self._given[0].shape[-1] >= WORTH_THREADS else 1
         if threads < 2:
             work(kernel, 0, rows)
             return

@@ -20,7 +20,7 @@ from trimtab.logits.solver.tolerances import RULED_OUT_NATS
 class DeltaTargets:
     """Where experts pull the strong model at one position, and the divergences that tuning cost the small one.
 
-    family   rows [expert, batch]     the laws that each expert's delta alone can reach
+    family   rows [expert, batch]     the distributions that each expert's delta alone can reach
     forward  [target, expert, batch]  KL(expert || base) in nats: what KL(fused || strong) should become
     reverse  [target, expert, batch]  KL(base || expert) in nats: what KL(strong || fused) should become
 
@@ -84,9 +84,9 @@ def measure_deltas_plainly(
     forward, reverse = torch.empty_like(delta[..., 0]), torch.empty_like(delta[..., 0])  # [expert, batch]
     for piece in row_slices(base):
         base_piece = base[piece].to(wide)
-        for place, expert in enumerate(experts):
+        for index, expert in enumerate(experts):
             measured = _measure(base_piece, expert[piece].to(wide))
-            delta[place, piece], forward[place, piece], reverse[place, piece] = measured
+            delta[index, piece], forward[index, piece], reverse[index, piece] = measured
     return DeltaTargets(TiltedFamily(strong, delta), forward.unsqueeze(0), reverse.unsqueeze(0))
 
 
@@ -94,7 +94,7 @@ def _measure(base: Tensor, expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One expert's delta [row, vocab], and both divergences between it and the base, [row]."""
     is_shared = (base > RULED_OUT_NATS) & (expert > RULED_OUT_NATS)
     delta = torch.where(is_shared, expert - base, 0.0)
-    # Both laws are renormalised on the tokens they share: otherwise a divergence could come out negative.
+    # Both distributions are renormalised on the tokens they share: otherwise a divergence could come out negative.
     expert_probs, expert_log_mass = _restrict(expert, is_shared)
     base_probs, base_log_mass = _restrict(base, is_shared)
     offset = expert_log_mass - base_log_mass

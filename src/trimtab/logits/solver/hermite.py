@@ -18,18 +18,18 @@ ALPHA, LOG_PARTITION, MEAN, VARIANCE = range(4)
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """The family inside intervals, as interpolated at fixed places, ends included; each [..., place]."""
+class Interpolation:
+    """The family inside intervals, as interpolated at fixed points, ends included; each [..., point]."""
 
-    alpha: Float[Tensor, "*interval place"]
-    log_partition: Float[Tensor, "*interval place"]
-    mean: Float[Tensor, "*interval place"]
-    variance: Float[Tensor, "*interval place"]
+    alpha: Float[Tensor, "*interval point"]
+    log_partition: Float[Tensor, "*interval point"]
+    mean: Float[Tensor, "*interval point"]
+    variance: Float[Tensor, "*interval point"]
 
 
-def interpolate(left: Float[Tensor, "jet=4 *interval"], right: Float[Tensor, "jet=4 *interval"]) -> Sketch:
+def interpolate(left: Float[Tensor, "jet=4 *interval"], right: Float[Tensor, "jet=4 *interval"]) -> Interpolation:
     """Interpolate between the nodes `left` and `right`, [4, ...], of intervals."""
-    at, weights = places(left.dtype, left.device)
+    at, weights = points(left.dtype, left.device)
     width = right[ALPHA] - left[ALPHA]
     scale = torch.stack([torch.ones_like(width), width, width * width])
     ends = torch.cat([left[1:] * scale, right[1:] * scale]).movedim(0, -1)  # [..., 6]
@@ -38,7 +38,7 @@ def interpolate(left: Float[Tensor, "jet=4 *interval"], right: Float[Tensor, "je
     alpha = left[ALPHA].unsqueeze(-1) + width.unsqueeze(-1) * at
     (alpha_l, value_l, slope_l, _), (alpha_r, value_r, slope_r, _) = left.unsqueeze(-1), right.unsqueeze(-1)
     tangents = torch.maximum(value_l + slope_l * (alpha - alpha_l), value_r - slope_r * (alpha_r - alpha))
-    return Sketch(
+    return Interpolation(
         alpha=alpha,
         log_partition=torch.maximum(value, tangents),
         mean=torch.clamp(slope * per_width, slope_l, slope_r),
@@ -77,16 +77,16 @@ def _reciprocal(values: Tensor) -> Tensor:
 
 
 @cache
-def places(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places in [0, 1] and the weights [6, 3 * place] of the end values there, for the polynomial and two derivatives.
+def points(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Points in [0, 1] and the weights [6, 3 * point] of the end values there, for the polynomial and two derivatives.
 
-    The places crowd at both ends, where the next minimum usually lies once one end has come close to it.
+    The points crowd at both ends, where the next minimum usually lies once one end has come close to it.
     """
     crowd = 0.08 * 0.5 ** torch.arange(9, dtype=torch.float64)
     middle = torch.linspace(0.08, 0.92, 12, dtype=torch.float64)[1:-1]
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     at = torch.cat([ends, crowd, middle, 1.0 - crowd]).sort().values
-    # Rows: A, h A', h^2 A'' at the left end, then at the right end; columns: powers 0 to 5 of the place.
+    # Rows: A, h A', h^2 A'' at the left end, then at the right end; columns: powers 0 to 5 of the point.
     coefficients = torch.tensor(
         [
             [1.0, 0.0, 0.0, -10.0, 15.0, -6.0],
@@ -99,7 +99,7 @@ def places(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         dtype=torch.float64,
     )
     power = torch.arange(6, dtype=torch.float64).unsqueeze(-1)
-    powers = at**power  # [6, place]
+    powers = at**power  # [6, point]
     slopes = power * at ** (power - 1).clamp_min(0.0)
     curvatures = power * (power - 1) * at ** (power - 2).clamp_min(0.0)
     weights = torch.cat([coefficients @ table for table in (powers, slopes, curvatures)], dim=-1)

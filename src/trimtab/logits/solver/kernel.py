@@ -40,7 +40,7 @@ LOG_MASS, CENTRE, SPREAD, FORWARD, REVERSE, PLAIN_MEAN = range(6)
 
 # A node: alpha, A, A' and A''. An interval's notes are those of `match`.
 ALPHA, LOG_PARTITION, MEAN, VARIANCE = range(4)
-LEFT, PREDICTED, PLACE, POSSIBLE, PROBE, FLOOR = range(6)
+LEFT, PREDICTED, POINT, POSSIBLE, PROBE, FLOOR = range(6)
 
 TINIEST = float(np.finfo(np.float64).tiny)
 
@@ -106,14 +106,14 @@ def _exp(x):
     """
     x = -708.0 if x < -708.0 else x
     x = 709.0 if x > 709.0 else x
-    turn = x * LOG2_E + ROUNDING
-    whole = turn - ROUNDING
+    shifted = x * LOG2_E + ROUNDING
+    whole = shifted - ROUNDING
     r = x - whole * LN2_HIGH
     r = r - whole * LN2_LOW
     y = E12
     for e in (E11, E10, E9, E8, E7, E6, E5, E4, E3, E2, 1.0, 1.0):
         y = y * r + e
-    return y * _number((_bits(turn) + 1023) << 52)
+    return y * _number((_bits(shifted) + 1023) << 52)
 
 
 @_exact
@@ -130,10 +130,10 @@ def _delta(base, expert):
 @_summing
 @no_type_check
 def _sums(strong, base, expert, strong_top, base_top, expert_top):
-    """Masses of the three laws, the first and second moment of delta under strong, its first under base and expert, and
+    """Masses of the three distributions, moments of delta (two under strong, one under base and expert each), and
     its sum over tokens.
 
-    Each law is read relative to its `top`; base and expert count on the tokens that both allow.
+    Each distribution is read relative to its `top`; base and expert count on the tokens that both allow.
     """
     mass = first = second = base_mass = base_first = expert_mass = expert_first = total = 0.0
     for token in range(strong.shape[0]):
@@ -158,7 +158,7 @@ def _sums(strong, base, expert, strong_top, base_top, expert_top):
 @_exact
 @no_type_check
 def _tops(strong, base, expert):
-    """The highest log-probability of each law; for base and expert among the tokens that both allow."""
+    """The highest log-probability of each distribution; for base and expert among the tokens that both allow."""
     tops = (-np.inf, -np.inf, -np.inf)
     for token in range(strong.shape[0]):
         q, t = np.float64(base[token]), np.float64(expert[token])
@@ -185,7 +185,7 @@ def prepare_rows(strong, base, experts, start, stop, row_stats):
 
     strong, base  [batch, vocab]          log-probabilities, float32 or float64; a constant added to a row cancels
     experts       [expert, batch, vocab]
-    known         [expert * batch, 6]     written
+    row_stats         [expert * batch, 6]     written
     """
     for row in range(start, stop):
         b = row % strong.shape[0]
@@ -275,19 +275,19 @@ def evaluate(strong, base, experts, row_stats, alpha, start, stop, moments):
 
 @_summing
 @no_type_check
-def _write_law(strong, base, expert, constant, alpha, law):
+def _write_log_probs(strong, base, expert, constant, alpha, fused):
     for token in range(strong.shape[0]):
-        law[token] = np.float64(strong[token]) + alpha * _delta(base[token], expert[token]) - constant
+        fused[token] = np.float64(strong[token]) + alpha * _delta(base[token], expert[token]) - constant
 
 
 @_exact
 @no_type_check
-def write_fused(strong, base, experts, row_stats, alpha, expert, start, stop, law, moved):
-    """The laws of one expert per batch row, and how far they moved.
+def write_fused(strong, base, experts, row_stats, alpha, expert, start, stop, fused, moved):
+    """The distributions of one expert per batch row, and how far they moved.
 
     alpha    [expert, batch]
-    expert   [batch]          which expert speaks in each row
-    law      [batch, vocab]   written: log-probabilities of p_alpha, in the type of `strong`
+    expert   [batch]          which expert is chosen in each row
+    distribution      [batch, vocab]   written: log-probabilities of p_alpha, in the type of `strong`
     moved    [2, batch]       written: KL(p_alpha || p) and KL(p || p_alpha)
     """
     for b in range(start, stop):
@@ -301,7 +301,7 @@ def write_fused(strong, base, experts, row_stats, alpha, expert, start, stop, la
             row_stats[row, CENTRE],
         )
         log_partition, mean, _ = _moments(p, q, t, log_mass, centre, factor)
-        _write_law(p, q, t, log_mass + log_partition + factor * centre, factor, law[b])
+        _write_log_probs(p, q, t, log_mass + log_partition + factor * centre, factor, fused[b])
         there, back = factor * mean - log_partition, log_partition
         moved[0, b], moved[1, b] = 0.0 if there < 0.0 else there, 0.0 if back < 0.0 else back
 
@@ -326,7 +326,7 @@ ORDER = 16
 TRUNCATION = 1e-13
 WORTH_MOMENTS = 2048  # in smaller vocabularies one by one is faster
 BLOCK = 1024
-# log x is bounded from above by its tangents at these places, so that no logarithm is taken.
+# log x is bounded from above by its tangents at these points, so that no logarithm is taken.
 TOUCHING = (0.35, 0.7, 1.4, 2.8)
 
 
@@ -502,25 +502,25 @@ def _clamp(value, low, high):
 
 @_exact
 @no_type_check
-def _sketch(left, right, at, weights, inside):
-    """The interpolated A, A' and A'' at the places `at`, with alpha, into inside [4, place]."""
+def _interpolate(left, right, at, weights, inside):
+    """The interpolated A, A' and A'' at the points `at`, with alpha, into inside [4, point]."""
     width = right[ALPHA] - left[ALPHA]
     per_width = 1.0 / max(width, TINY)
     ends = (left[1], left[2] * width, left[3] * width * width, right[1], right[2] * width, right[3] * width * width)
     count = at.shape[0]
-    for place in range(count):
+    for point in range(count):
         value = slope = curvature = 0.0
         for end in range(6):
-            value += ends[end] * weights[end, place]
-            slope += ends[end] * weights[end, count + place]
-            curvature += ends[end] * weights[end, 2 * count + place]
-        alpha = left[ALPHA] + width * at[place]
+            value += ends[end] * weights[end, point]
+            slope += ends[end] * weights[end, count + point]
+            curvature += ends[end] * weights[end, 2 * count + point]
+        alpha = left[ALPHA] + width * at[point]
         from_left = left[LOG_PARTITION] + left[MEAN] * (alpha - left[ALPHA])
         from_right = right[LOG_PARTITION] - right[MEAN] * (right[ALPHA] - alpha)
-        inside[ALPHA, place] = alpha
-        inside[LOG_PARTITION, place] = max(value, max(from_left, from_right))
-        inside[MEAN, place] = _clamp(slope * per_width, left[MEAN], right[MEAN])
-        inside[VARIANCE, place] = max(curvature * per_width * per_width, 0.0)
+        inside[ALPHA, point] = alpha
+        inside[LOG_PARTITION, point] = max(value, max(from_left, from_right))
+        inside[MEAN, point] = _clamp(slope * per_width, left[MEAN], right[MEAN])
+        inside[VARIANCE, point] = max(curvature * per_width * per_width, 0.0)
 
 
 @_exact
@@ -560,12 +560,12 @@ def _margin(left, right):
 @_exact
 @no_type_check
 def _lowest(alpha, objective, half_slope):
-    """The lowest minimum between places, from J and J'/2 there: its J, inf when none, and alpha."""
+    """The lowest minimum between points, from J and J'/2 there: its J, inf when none, and alpha."""
     predicted, cell = np.inf, 0
-    for place in range(alpha.shape[0] - 1):
-        lower = min(objective[place], objective[place + 1])
-        if half_slope[place] < 0.0 and half_slope[place + 1] >= 0.0 and lower < predicted:
-            predicted, cell = lower, place
+    for point in range(alpha.shape[0] - 1):
+        lower = min(objective[point], objective[point + 1])
+        if half_slope[point] < 0.0 and half_slope[point + 1] >= 0.0 and lower < predicted:
+            predicted, cell = lower, point
     width = alpha[cell + 1] - alpha[cell]
     falling, rising = half_slope[cell], half_slope[cell + 1]
     share = _clamp(-falling / max(rising - falling, TINIEST), 0.0, 1.0)
@@ -584,10 +584,10 @@ def _predict(alpha, objective, half_slope, first, final):
     width = alpha[last] - alpha[0]
     if width < NARROW:
         ends = np.array((alpha[0], alpha[last], first, final, half_slope[0], half_slope[last]))
-        predicted, place = _lowest(ends[:2], ends[2:4], ends[4:])
+        predicted, point = _lowest(ends[:2], ends[2:4], ends[4:])
     else:
-        predicted, place = _lowest(alpha, objective, half_slope)
-    from_first, from_final = abs(alpha[0] - place), abs(alpha[last] - place)
+        predicted, point = _lowest(alpha, objective, half_slope)
+    from_first, from_final = abs(alpha[0] - point), abs(alpha[last] - point)
     near = min(from_first, from_final)
     if near < 5.0 * CLOSE_ENOUGH:
         falls = min(
@@ -596,32 +596,32 @@ def _predict(alpha, objective, half_slope, first, final):
         predicted = max(predicted, falls)
     if (near < CLOSE_ENOUGH and predicted > min(first, final) - SMALL_GAIN) or width < NARROWEST:
         predicted = np.inf
-    return predicted, place
+    return predicted, point
 
 
 @_exact
 @no_type_check
 def _appraise(left, right, forward, reverse, at, weights, work, note):
-    """The notes on the interval between two nodes; work [6, place] is scratch."""
+    """The notes on the interval between two nodes; work [6, point] is scratch."""
     inside, objective, half_slope = work[:4], work[4], work[5]
-    _sketch(left, right, at, weights, inside)
+    _interpolate(left, right, at, weights, inside)
     value_doubt, mean_doubt = _doubt(left, right)
     f_doubt = right[ALPHA] * mean_doubt + value_doubt
     possible = np.inf
-    for place in range(at.shape[0]):
-        f_miss, g_miss = _misses(inside[:, place], forward, reverse)
-        objective[place] = f_miss * f_miss + g_miss * g_miss
-        half_slope[place] = _half_slope(inside[:, place], forward, reverse)
+    for point in range(at.shape[0]):
+        f_miss, g_miss = _misses(inside[:, point], forward, reverse)
+        objective[point] = f_miss * f_miss + g_miss * g_miss
+        half_slope[point] = _half_slope(inside[:, point], forward, reverse)
         f_left, g_left = max(abs(f_miss) - f_doubt, 0.0), max(abs(g_miss) - value_doubt, 0.0)
         possible = min(possible, f_left * f_left + g_left * g_left)
     half_slope[0], half_slope[-1] = _half_slope(left, forward, reverse), _half_slope(right, forward, reverse)
     first, final = _objective(left, forward, reverse), _objective(right, forward, reverse)
-    predicted, place = _predict(inside[ALPHA], objective, half_slope, first, final)
+    predicted, point = _predict(inside[ALPHA], objective, half_slope, first, final)
     floor = _floor(left, right, forward, reverse)
     width, margin = right[ALPHA] - left[ALPHA], _margin(left, right)
     possible = max(floor, min(possible, min(min(first, final), predicted)))
     note[LEFT], note[PREDICTED], note[FLOOR] = first, predicted, floor
-    note[PLACE] = _clamp(place, left[ALPHA] + margin, right[ALPHA] - margin)
+    note[POINT] = _clamp(point, left[ALPHA] + margin, right[ALPHA] - margin)
     note[POSSIBLE] = np.inf if width < NARROWEST else possible
     note[PROBE] = _clamp(_kink(left, right), left[ALPHA] + 0.1 * width, right[ALPHA] - 0.1 * width)
 
@@ -647,7 +647,7 @@ def _next(notes, count, best, scale):
         if notes[slot, POSSIBLE] < notes[unexplored, POSSIBLE]:
             unexplored = slot
     if notes[promising, PREDICTED] < best - WORTH * (scale + best):
-        return promising, notes[promising, PLACE]
+        return promising, notes[promising, POINT]
     if notes[unexplored, POSSIBLE] < best - EXPLORED * min(scale, 1.0):
         return unexplored, notes[unexplored, PROBE]
     return -1, 0.0
@@ -655,30 +655,44 @@ def _next(notes, count, best, scale):
 
 @_exact
 @no_type_check
+def _buffers(vocab, half):
+    """Room for the gathered tokens of one row and for their moments; none where gathering does not pay."""
+    room = vocab if vocab >= WORTH_MOMENTS and half > 0.0 else 0
+    return np.empty(room + 8), np.empty(room + 8), np.empty(ORDER + 2)
+
+
+@_exact
+@no_type_check
+def _open_row(strong, base, experts, row_stats, row, half, buffers):
+    """The members' log-probabilities in a row, and its gathered tokens: empty where gathering does not pay."""
+    log_probs, deltas, moments = buffers
+    b = row % strong.shape[0]
+    members = (strong[b], base[b], experts[row // strong.shape[0], b])
+    if log_probs.shape[0] == 8:
+        return members, (log_probs[:0], deltas[:0], moments[:0])
+    count = _gather(members[0], members[1], members[2], row_stats[row], half, log_probs, deltas, moments)
+    return members, (log_probs[:count], deltas[:count], moments)
+
+
+@_exact
+@no_type_check
 def match(strong, base, experts, row_stats, targets, alpha_max, evaluations, at, weights, start, stop, found):
     """The alpha with the smallest J in each of the rows start to stop.
 
-    strong, base, experts, known    as for `survey`
+    strong, base, experts, row_stats as for `prepare_rows`
     targets      [2, expert * batch]   forward and reverse
-    at, weights  of `hermite`: the places of interpolation and the weights of the end values there
+    at, weights  of `hermite`: the points of interpolation and the weights of the end values there
     found        [4, expert * batch]   written: alpha, J, floor and the number of evaluations
     """
     left, right = np.empty((evaluations, 4)), np.empty((evaluations, 4))
     notes, work, node, last = np.empty((evaluations, 6)), np.empty((6, at.shape[0])), np.empty(4), np.empty(4)
     half = alpha_max / 2
-    is_gathering = strong.shape[1] >= WORTH_MOMENTS and half > 0.0
-    places = strong.shape[1] if is_gathering else 0
-    log_probs, deltas, moments = np.empty(places + 8), np.empty(places + 8), np.empty(ORDER + 2)
+    buffers = _buffers(strong.shape[1], half)
     for row in range(start, stop):
-        b = row % strong.shape[0]
-        p, q, t = strong[b], base[b], experts[row // strong.shape[0], b]
-        listed = (log_probs[:0], deltas[:0], moments[:0])
-        if is_gathering:
-            count = _gather(p, q, t, row_stats[row], half, log_probs, deltas, moments)
-            listed = (log_probs[:count], deltas[:count], moments)
+        members, listed = _open_row(strong, base, experts, row_stats, row, half, buffers)
         forward, reverse = targets[0, row], targets[1, row]
         scale = forward * forward + reverse * reverse  # J(0)
-        _set(last, alpha_max, *_evaluate((p, q, t), row_stats[row], half, listed, alpha_max))
+        _set(last, alpha_max, *_evaluate(members, row_stats[row], half, listed, alpha_max))
         _set(left[0], 0.0, 0.0, 0.0, row_stats[row, SPREAD])
         right[0] = last
         at_last, interval, count = _objective(last, forward, reverse), 0, 1
@@ -691,7 +705,7 @@ def match(strong, base, experts, row_stats, targets, alpha_max, evaluations, at,
             interval, alpha = _next(notes, count, best, scale)
             if interval < 0 or count == evaluations - 1:
                 break
-            _set(node, alpha, *_evaluate((p, q, t), row_stats[row], half, listed, alpha))
+            _set(node, alpha, *_evaluate(members, row_stats[row], half, listed, alpha))
             left[count], right[count], right[interval] = node, right[interval], node
             count += 1
         # Among alphas that differ by rounding only, the smallest: a delta of zero must not move anything.
@@ -719,14 +733,14 @@ def _excess(node, forward, reverse):
 def _crossing(left, right, forward, reverse, at, weights, work):
     """Where the excess crosses zero between two nodes, as interpolated, and where best to evaluate next."""
     inside, excess = work[:4], work[4]
-    _sketch(left, right, at, weights, inside)
-    for place in range(at.shape[0]):
-        excess[place] = _excess(inside[:, place], forward, reverse)
+    _interpolate(left, right, at, weights, inside)
+    for point in range(at.shape[0]):
+        excess[point] = _excess(inside[:, point], forward, reverse)
     excess[0], excess[-1] = _excess(left, forward, reverse), _excess(right, forward, reverse)
-    first = 0  # the first place above zero; with none, the first place, as `argmax` would have it
-    for place in range(at.shape[0]):
-        if excess[place] >= 0.0:
-            first = place
+    first = 0  # the first point above zero; with none, the first point, as `argmax` would have it
+    for point in range(at.shape[0]):
+        if excess[point] >= 0.0:
+            first = point
             break
     cell = max(first, 1) - 1
     low, high = excess[cell], excess[cell + 1]
@@ -746,28 +760,21 @@ def smaller_root(strong, base, experts, row_stats, targets, alpha_max, evaluatio
     left, right, last = np.empty(4), np.empty(4), np.empty(4)
     node, work = np.empty(4), np.empty((6, at.shape[0]))
     half = alpha_max / 2
-    is_gathering = strong.shape[1] >= WORTH_MOMENTS and half > 0.0
-    places = strong.shape[1] if is_gathering else 0
-    log_probs, deltas, moments = np.empty(places + 8), np.empty(places + 8), np.empty(ORDER + 2)
+    buffers = _buffers(strong.shape[1], half)
     for row in range(start, stop):
-        b = row % strong.shape[0]
-        p, q, t = strong[b], base[b], experts[row // strong.shape[0], b]
-        listed = (log_probs[:0], deltas[:0], moments[:0])
-        if is_gathering:
-            count = _gather(p, q, t, row_stats[row], half, log_probs, deltas, moments)
-            listed = (log_probs[:count], deltas[:count], moments)
+        members, listed = _open_row(strong, base, experts, row_stats, row, half, buffers)
         forward, reverse = targets[0, row], targets[1, row]
-        _set(last, alpha_max, *_evaluate((p, q, t), row_stats[row], half, listed, alpha_max))
+        _set(last, alpha_max, *_evaluate(members, row_stats[row], half, listed, alpha_max))
         _set(left, 0.0, 0.0, 0.0, row_stats[row, SPREAD])
         right[:] = last
         count, root = 2, alpha_max
         if _excess(last, forward, reverse) >= 0.0:
             while True:
-                root, place = _crossing(left, right, forward, reverse, at, weights, work)
+                root, point = _crossing(left, right, forward, reverse, at, weights, work)
                 near = min(root - left[ALPHA], right[ALPHA] - root)
                 if count == evaluations or not near > CLOSE_ENOUGH:
                     break
-                _set(node, place, *_evaluate((p, q, t), row_stats[row], half, listed, place))
+                _set(node, point, *_evaluate(members, row_stats[row], half, listed, point))
                 if _excess(node, forward, reverse) >= 0.0:
                     right[:] = node
                 else:

@@ -47,7 +47,7 @@ from trimtab.logits.solver.tolerances import (
 # What is noted about an interval: J at its left end, the lowest J that the interpolation predicts inside (inf when
 # nothing there is worth an evaluation) and where, the lowest J that its estimated error leaves possible, the alpha that
 # would tell most about the interval, and the box's lower bound.
-LEFT, PREDICTED, PLACE, POSSIBLE, PROBE, FLOOR = range(6)
+LEFT, PREDICTED, POINT, POSSIBLE, PROBE, FLOOR = range(6)
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def match_divergences(
 
     What is guaranteed: alpha lies in the range, its J is exact, at most J(0) and J(alpha_max), and `floor` is a true
     lower bound. That no other local minimum is lower by more than 1e-6 is not proven but measured: the search stops
-    when the interpolation's error estimates rule it out, and the tests compare with dense scans over laws that were
-    made to mislead it. Never NaN for finite targets. A row's result does not depend on the other rows.
+    when the interpolation's error estimates rule it out, and the tests compare with dense scans over distributions that
+    were made to mislead it. Never NaN for finite targets. A row's result does not depend on the other rows.
     """
     if isinstance(family, CompiledFamily):
         return Match(*family.match(forward, reverse, alpha_max, evaluations))
@@ -122,7 +122,7 @@ def _next(left: Tensor, notes: Tensor, targets: Tensor, last: Tensor) -> tuple[T
     is_promising = predicted < best - WORTH * (scale + best)
     is_open = is_promising | (possible < best - EXPLORED * scale.clamp_max(1.0))
     interval = torch.where(is_promising, promising, unexplored)
-    note = torch.where(is_promising, PLACE, PROBE)
+    note = torch.where(is_promising, POINT, PROBE)
     alpha = notes[note, torch.arange(len(note), device=note.device), interval]
     # A settled row is evaluated where it was before: nothing changes, whatever its neighbours still need.
     return interval, torch.where(is_open, alpha, _at(left, interval)[ALPHA]), is_open
@@ -135,9 +135,9 @@ def _split(
     lefts = torch.stack([_at(left, interval), node], dim=1)  # [4, part, row]
     rights = torch.stack([node, _at(right, interval)], dim=1)
     appraisal = _appraise(lefts, rights, targets)
-    place = interval.expand(6, -1).unsqueeze(-1)
-    right.scatter_(2, place[:4], node.unsqueeze(-1))
-    notes.scatter_(2, place, appraisal[:, 0].unsqueeze(-1))
+    index = interval.expand(6, -1).unsqueeze(-1)
+    right.scatter_(2, index[:4], node.unsqueeze(-1))
+    notes.scatter_(2, index, appraisal[:, 0].unsqueeze(-1))
     left[..., slot], right[..., slot], notes[..., slot] = node, rights[:, 1], appraisal[:, 1]
 
 
@@ -166,41 +166,41 @@ def _appraise(left: Tensor, right: Tensor, targets: Tensor) -> Tensor:
     half_slope = f_miss * inside.alpha * inside.variance + g_miss * inside.mean
     half_slope[..., 0], half_slope[..., -1] = _half_slope(left, targets), _half_slope(right, targets)
     ends = torch.stack([_objective(left, targets), _objective(right, targets)], dim=-1)
-    predicted, place = _predict(inside.alpha, f_miss.square() + g_miss.square(), half_slope, ends)
+    predicted, point = _predict(inside.alpha, f_miss.square() + g_miss.square(), half_slope, ends)
     floor = _floor(left, right, targets)
     possible = torch.minimum(_possible(left, right, f_miss, g_miss), torch.minimum(ends.amin(dim=-1), predicted))
     width = right[ALPHA] - left[ALPHA]
     possible = torch.maximum(floor, possible).masked_fill(width < NARROWEST, torch.inf)
     margin = _margin(left, right)
-    place = torch.clamp(place, left[ALPHA] + margin, right[ALPHA] - margin)
+    point = torch.clamp(point, left[ALPHA] + margin, right[ALPHA] - margin)
     probe = torch.clamp(tangent_crossing(left, right), left[ALPHA] + 0.1 * width, right[ALPHA] - 0.1 * width)
-    return torch.stack([ends[..., 0], predicted, place, possible, probe, floor])
+    return torch.stack([ends[..., 0], predicted, point, possible, probe, floor])
 
 
 def _predict(alpha: Tensor, objective: Tensor, half_slope: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest J inside intervals, inf when not worth an evaluation, and where.
 
-    alpha, objective, half_slope  [..., place]  interpolated; the slopes at both ends are exact
+    alpha, objective, half_slope  [..., point]  interpolated; the slopes at both ends are exact
     ends                          [..., 2]      exact J at both ends
     """
-    predicted, place = _lowest(alpha, objective, half_slope)
+    predicted, point = _lowest(alpha, objective, half_slope)
     # Where the interpolation is down to rounding, in narrow intervals and close to an end, the exact slopes say more.
     end_alphas, end_slopes = (torch.stack([x[..., 0], x[..., -1]], dim=-1) for x in (alpha, half_slope))
-    narrow_predicted, narrow_place = _lowest(end_alphas, ends, end_slopes)
+    narrow_predicted, narrow_point = _lowest(end_alphas, ends, end_slopes)
     width = alpha[..., -1] - alpha[..., 0]
     predicted = torch.where(width < NARROW, narrow_predicted, predicted)
-    place = torch.where(width < NARROW, narrow_place, place)
-    distance = (end_alphas - place.unsqueeze(-1)).abs()  # [..., 2]
+    point = torch.where(width < NARROW, narrow_point, point)
+    distance = (end_alphas - point.unsqueeze(-1)).abs()  # [..., 2]
     inward = torch.stack([end_slopes[..., 0], -end_slopes[..., 1]], dim=-1)
     falls = (ends + 2.0 * inward.clamp_max(0.0) * distance).amin(dim=-1)
     near = distance.amin(dim=-1)
     predicted = torch.where(near < 5.0 * CLOSE_ENOUGH, torch.maximum(predicted, falls), predicted)
     is_idle = (near < CLOSE_ENOUGH) & (predicted > ends.amin(dim=-1) - SMALL_GAIN) | (width < NARROWEST)
-    return predicted.masked_fill(is_idle, torch.inf), place
+    return predicted.masked_fill(is_idle, torch.inf), point
 
 
 def _possible(left: Tensor, right: Tensor, f_miss: Tensor, g_miss: Tensor) -> Tensor:
-    """The lowest J inside intervals if the interpolation is as wrong as it may be, from its misses [..., place]."""
+    """The lowest J inside intervals if the interpolation is as wrong as it may be, from its misses [..., point]."""
     value_doubt, mean_doubt = error_estimate(left, right)
     f_doubt = (right[ALPHA] * mean_doubt + value_doubt).unsqueeze(-1)
     f_left = (f_miss.abs() - f_doubt).clamp_min(0.0)
@@ -215,10 +215,10 @@ def _floor(left: Tensor, right: Tensor, targets: Tensor) -> Tensor:
 
 
 def _lowest(alpha: Tensor, objective: Tensor, half_slope: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest minimum inside intervals, from J and J'/2 at places [..., place]: its J, inf when none, and alpha."""
-    turns = (half_slope[..., :-1] < 0.0) & (half_slope[..., 1:] >= 0.0)
+    """The lowest minimum inside intervals, from J and J'/2 at points [..., point]: its J, inf when none, and alpha."""
+    is_turn = (half_slope[..., :-1] < 0.0) & (half_slope[..., 1:] >= 0.0)
     lower = torch.minimum(objective[..., :-1], objective[..., 1:])
-    predicted, cell = torch.where(turns, lower, torch.inf).min(dim=-1, keepdim=True)
+    predicted, cell = torch.where(is_turn, lower, torch.inf).min(dim=-1, keepdim=True)
     start, width = alpha.gather(-1, cell), alpha.diff(dim=-1).gather(-1, cell)
     falling, rising = half_slope.gather(-1, cell), half_slope.gather(-1, cell + 1)
     share = (-falling / (rising - falling).clamp_min(torch.finfo(alpha.dtype).tiny)).clamp(0.0, 1.0)
@@ -267,7 +267,7 @@ def smaller_root(
     reverse      [...]  target of KL(p || p_a)
     evaluations  at most so many passes over the vocabulary, at least 2; fewer on a CPU when all rows are settled
     returns      [...]  the smaller of the two roots, to 1e-5; alpha_max where neither target is reached; 0 where no
-                 alpha in the range moves the law at all
+                 alpha in the range moves the distribution at all
 
     Both divergences grow with alpha, so max(f - forward, g - reverse) changes its sign once and is bracketed
     throughout.
@@ -278,12 +278,12 @@ def smaller_root(
     last = right = _node(family, torch.full_like(targets[0], alpha_max).view(forward.shape))
     left = _node(family, torch.zeros_like(targets[0]).view(forward.shape))
     for _ in range(evaluations - 2):
-        root, place = _crossing(left, right, targets)
+        root, point = _crossing(left, right, targets)
         near = torch.minimum(root - left[ALPHA], right[ALPHA] - root)
         is_open = (near > CLOSE_ENOUGH) & (_excess(right, targets) >= 0.0)
         if targets.device.type == "cpu" and not bool(is_open.any()):
             break
-        node = _node(family, torch.where(is_open, place, left[ALPHA]).view(forward.shape))
+        node = _node(family, torch.where(is_open, point, left[ALPHA]).view(forward.shape))
         is_over = (_excess(node, targets) >= 0.0) & is_open
         left, right = torch.where(is_over, left, node), torch.where(is_over, node, right)
     root = torch.where(_excess(last, targets) < 0.0, last[ALPHA], _crossing(left, right, targets)[0])

@@ -5,7 +5,7 @@ With A(a) = log Z(a), A'(a) and A''(a) the mean and the variance of d under p_a,
     KL(p_a || p) = a A'(a) - A(a)        slope  a A''(a)       >= 0 for a >= 0
     KL(p || p_a) = A(a) - a A'(0)        slope  A'(a) - A'(0)  >= 0 for a >= 0
 
-so both divergences grow with a. Here d is centred first, d := d - A'(0): the laws p_a stay the same and A'(0) = 0,
+so both divergences grow with a. Here d is centred first, d := d - A'(0): p_a stays the same distribution, A'(0) = 0,
 so that KL(p || p_a) is A(a) itself and nothing cancels for small a.
 """
 
@@ -43,7 +43,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Tilt:
-    """One tilted law per row, and how far it moved.
+    """One tilted distribution per row, and how far it moved.
 
     log_probs        [batch, vocab]   normalised
     kl_nats          [batch]          KL(p_a || p)
@@ -107,10 +107,10 @@ class TiltedFamily:
         return some
 
     def tilt(self, alpha: Float[Tensor, "expert batch"], expert: Int[Tensor, " batch"]) -> Tilt:
-        """The law p_a of one expert per row, and how far it moved.
+        """The distribution p_a of one expert per row, and how far it moved.
 
         alpha    [expert, batch]
-        expert   [batch]          which expert speaks in each row
+        expert   [batch]          which expert is chosen in each row
         """
         factor, log_probs, moments = take_expert(alpha, expert), torch.empty_like(self.strong), []
         for piece in row_slices(self.strong):

@@ -1,6 +1,6 @@
 """What counts as close, narrow, rounding or impossible, for the plain search and the compiled one alike.
 
-Compiled code keeps these numbers: whoever changes one touches `kernel.py` too, or its old machine code is found again.
+Compiled code keeps these numbers: touch `kernel.py` when one changes, or numba finds its old machine code again.
 """
 
 # Below this log-probability a token counts as ruled out: far below what float32 probabilities can hold, and it keeps
@@ -18,5 +18,5 @@ SMALL_GAIN = 1e-8  # ... unless J is so steep that it would fall by more than th
 NARROW = 1e-3  # in an interval narrower than this only the exact slopes at its ends are believed
 NARROWEST = 1e-7  # an interval narrower than this is not divided
 CUT = 0.3  # where the interpolation is not to be trusted, an evaluation cuts off this share of the interval
-NO_MOVE = 1e-12  # divergences below this, in nats, are rounding: the law has not moved
+NO_MOVE = 1e-12  # divergences below this, in nats, are rounding: the distribution has not moved
 EXPLORED = 5e-7  # intervals that could not lower J by more than this (times J(0) if that is below 1) are left alone
