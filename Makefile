@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: demo test test-thorough venv-vllm test-vllm test-vllm-thorough soak bench-serving lint format docs results bench bench-full zoo browser browser-vllm clean help
+.PHONY: demo test test-thorough venv-vllm test-vllm test-vllm-thorough soak bench-serving lint format docs docs-site results bench bench-full zoo browser browser-vllm clean help
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -64,6 +64,14 @@ docs: .venv/.installed  ## write the generated pages again: docs/cli.md, docs/st
 	$(BIN)/python -m trimtab.cli.docs > docs/cli.md
 	$(BIN)/python -m trimtab.logits.docs > docs/strategies.md
 
+# The site's tools are not part of the development environment: this target adds them to it.
+.venv/.docs-installed: .venv/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs-site: .venv/.docs-installed  ## the documentation as a site in build/site; broken links fail
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=docs $(BIN)/mkdocs build --quiet --strict
+
 results: .venv/.installed  ## measure everything again: docs/results.md, its pictures, docs/zoo.md (about half an hour)
 	$(BIN)/trimtab zoo check --output docs/zoo.md --force
 	$(BIN)/trimtab results --output docs/results.md --force
@@ -76,7 +84,7 @@ bench-full: .venv/.installed  ## the long forms on a quiet machine, then docs/pe
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench report --readme README.md
 
-bench-serving: .venv-vllm/.installed  ## the served model under load on a quiet machine, then its section of docs/serving.md (20 minutes)
+bench-serving: .venv-vllm/.installed  ## the served model under load on a quiet machine, then docs/serving-load.md (20 minutes)
 	$(VLLM_BIN)/python -m bench serving
 	$(VLLM_BIN)/python -m bench served_drafts
 	$(VLLM_BIN)/python -m bench.serving_page

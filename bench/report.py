@@ -1,4 +1,7 @@
-"""docs/performance.md from the results: every figure on it comes out of their JSON."""
+"""docs/performance.md and docs/performance-points.md from the results: every figure on them comes out of their JSON.
+
+The first page is a summary of one screen: targets, verdicts, and which bench measured what. The second has every point.
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,35 +17,40 @@ from trimtab.core.files import write_whole
 from trimtab.measure.results import replace_between_markers
 
 ORDER = ("decode", "solve", "memory", "onepass", "drafters")
+README_BENCH = "decode"  # the README shows the targets of speed; the page has all
 START, END = "<!-- speed:start -->", "<!-- speed:end -->"
 INTERVALS = (
-    "Figures are medians over the repeats, in brackets the quartiles, or the least and the largest where there are "
-    "fewer than four repeats. A promise is met where the whole interval keeps it."
+    "Figures are medians over the repeats. Brackets hold the quartiles, or the least and the largest of fewer than "
+    "four repeats. A target is met if the whole interval meets it."
 )
 Document = Mapping[str, Any]
 
 
 def write(folder: Path, page: Path, readme: Path | None = None) -> None:
-    """The page, and the table of promises between the README's marks.
+    """The summary at `page`, all points beside it, and the table of targets between the README's marks.
 
-    raises    InputError where the folder holds no results, or the README no marks
+    raises    InputError if the folder holds no results, or the README no marks
     """
-    texts = {page: markdown(folder, page)}
+    texts = {page: markdown(folder, page), points_page(page): points(folder, page)}
     if readme is not None:
-        texts[readme] = with_promises(readme, folder)
+        texts[readme] = with_targets(readme, folder)
     for file, text in texts.items():
         write_whole(file, text)
 
 
-def with_promises(readme: Path, folder: Path) -> str:
-    """The README with the promises of speed and memory as they were measured on each machine.
+def points_page(page: Path) -> Path:
+    """docs/performance.md -> docs/performance-points.md"""
+    return page.with_name(f"{page.stem}-points{page.suffix}")
 
-    raises    InputError where it has no marks to put them between
+
+def with_targets(readme: Path, folder: Path) -> str:
+    """The README with the targets of speed as they were measured on each machine.
+
+    raises    InputError if it has no marks to put them between
     """
     lines: list[str] = []
-    for name, files in by_machine(folder).items():
-        documents = {bench: harness.read_json(file) for bench, file in files.items()}
-        lines += [f"{name}:", "", *bar_rows(documents), *shares.costs(documents)]
+    for name, documents in by_machine(folder).items():
+        lines += [f"{name}:", "", *bar_rows(documents, [bar for bar in BARS if bar.bench == README_BENCH])]
     return renewed(readme, lines, START, END, "the measured speed")
 
 
@@ -50,7 +58,7 @@ def renewed(page: Path, lines: Iterable[str], start: str, end: str, what: str) -
     """A page with these lines between two of its own.
 
     what      what they hold, for the message
-    raises    InputError where the page does not have both marks once each
+    raises    InputError if the page does not have both marks once each
     """
     try:
         content = "\n".join(["", *lines]).rstrip() + "\n"
@@ -64,39 +72,62 @@ def renewed(page: Path, lines: Iterable[str], start: str, end: str, what: str) -
 
 
 def markdown(folder: Path, page: Path) -> str:
-    """The whole page, as it is to stand at `page`."""
-    machines = by_machine(folder)
+    """The summary, as it is to stand at `page`."""
     parts = [
         "# Speed and memory",
         "",
-        "Written by `python -m bench report`; do not edit. `make bench-full` measures again. Alternatives run "
-        "interleaved in one process (A B C A B C); a ratio is taken within each repeat, between runs that stood side "
-        f"by side. {INTERVALS}",
+        "Written by `python -m bench report`; do not edit. `make bench-full` measures again. "
+        f"[All points]({points_page(page).name}) have a page of their own.",
+        "",
+        "Alternatives run interleaved in one process (A B C A B C). A ratio is taken within each repeat, between "
+        "neighbouring runs.",
+        "",
+        INTERVALS,
         "",
     ]
-    for name, files in machines.items():
-        parts += _machine(name, files, page)
+    for name, documents in by_machine(folder).items():
+        parts += _summary(name, documents, page)
     return "\n".join(parts).rstrip() + "\n"
 
 
-def by_machine(folder: Path) -> dict[str, dict[str, Path]]:
-    """Machine -> bench -> its file; a long run goes before a quick one, parts of a bench are left out."""
-    found: dict[str, dict[str, Path]] = {}
+def points(folder: Path, page: Path) -> str:
+    """All points of all benches, as they are to stand beside `page`."""
+    parts = [
+        "# All points of speed and memory",
+        "",
+        f"Written by `python -m bench report`; do not edit. The summary is [{page.stem}]({page.name}).",
+        "",
+        INTERVALS,
+        "",
+    ]
+    for name, documents in by_machine(folder).items():
+        parts += [*_machine(name, documents)]
+        for bench, document in documents.items():
+            parts += bench_rows(document, _picture(folder, bench, document), page)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def by_machine(folder: Path) -> dict[str, dict[str, Document]]:
+    """Machine -> bench -> what it found; a long run goes before a quick one, parts of a bench are left out."""
+    found: dict[str, dict[str, Document]] = {}
     for file in sorted(folder.glob("*.json"), key=lambda file: (not file.stem.endswith("-quick"), file.stem)):
         document = harness.read_json(file)
         if not document["only"] and document["bench"] in ORDER:  # served benches stand on a page of their own
-            found.setdefault(document["machine"]["name"], {})[document["bench"]] = file
+            found.setdefault(document["machine"]["name"], {})[document["bench"]] = document
     if not found:
         raise InputError(
             f"there are no results in {folder}.",
             "The page is made from what `python -m bench NAME` leaves there.",
             "run `make bench` first.",
         )
-    return found
+    return {name: {bench: benches[bench] for bench in ORDER if bench in benches} for name, benches in found.items()}
 
 
-def _machine(name: str, files: Mapping[str, Path], page: Path) -> Iterator[str]:
-    documents = {bench: harness.read_json(files[bench]) for bench in ORDER if bench in files}
+def _picture(folder: Path, bench: str, document: Document) -> Path:
+    return harness.file_of(folder, bench, document["is_quick"], "png")
+
+
+def _machine(name: str, documents: Mapping[str, Document]) -> Iterator[str]:
     about = next(iter(documents.values()))["machine"]
     device = f", {about['accelerator']}" if about["accelerator"] else ""
     versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
@@ -104,19 +135,42 @@ def _machine(name: str, files: Mapping[str, Path], page: Path) -> Iterator[str]:
     yield ""
     yield f"{about['threads']} threads; Python {about['python']}, {versions}."
     yield ""
+
+
+def _summary(name: str, documents: Mapping[str, Document], page: Path) -> Iterator[str]:
+    yield from _machine(name, documents)
+    yield "### Targets and measurements"
+    yield ""
     yield from bar_rows(documents)
     yield from shares.costs(documents)
-    for bench, document in documents.items():
-        yield from bench_rows(document, files[bench].with_suffix(".png"), page)
+    yield "### What was measured"
+    yield ""
+    yield "| bench | command | date (UTC) | commit | points |"
+    yield "|---|---|---|---|--:|"
+    for document in documents.values():
+        title = f"[{document['title']}]({points_page(page).name}#{_anchor(document['title'])})"
+        cells = [title, f"`{_command(document)}`", document["date"].removesuffix(" UTC"), document["commit"]]
+        yield f"| {' | '.join(cells)} | {len(document['cases'])} |"
+    yield ""
+
+
+def _anchor(title: str) -> str:
+    """The heading's anchor, as code hosts and the site make it."""
+    words = "".join(letter for letter in title.lower() if letter.isalnum() or letter in " -_")
+    return words.replace(" ", "-")
+
+
+def _command(document: Document) -> str:
+    return str(document.get("command", f"python -m bench {document['bench']}"))
 
 
 def bar_rows(documents: Mapping[str, Document], bars: Sequence[Bar] = BARS) -> Iterator[str]:
-    """A table of what was promised, and what was measured: at the worst place, at how many it is met, at the centre.
+    """A table of targets: the worst case, how many of the cases meet the target, the central case.
 
     documents   bench -> what it found
     """
-    yield "| promised | ratio | measured, worst | | where | met at | at the centre |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| | target | worst case | | where | cases that meet it | central case |"
+    yield "|---|--:|--:|---|---|---|--:|"
     for bar in bars:
         document = documents.get(bar.bench)
         worst = bar.worst(document) if document is not None else None
@@ -147,16 +201,14 @@ def bench_rows(document: Document, picture: Path, page: Path) -> Iterator[str]:
     page   where this is to stand
     """
     form = "quick form" if document["is_quick"] else "long form"
-    path = os.path.relpath(picture, page.parent)
     yield f"### {document['title']}"
     yield ""
     yield (
-        f"`{document.get('command', 'python -m bench ' + document['bench'])}`, {form}, {document['date']} UTC, commit "
-        f"{document['commit']}, "
+        f"`{_command(document)}`, {form}, {document['date']} UTC, commit {document['commit']}, "
         f"load of the machine at the end {document['machine']['load']}."
     )
     yield ""
-    yield f"![{document['title']}]({path})"
+    yield f"![{document['title']}]({os.path.relpath(picture, page.parent)})"
     yield ""
     for note in document["notes"]:
         yield f"- {note}"
@@ -168,8 +220,11 @@ def bench_rows(document: Document, picture: Path, page: Path) -> Iterator[str]:
 
 
 def _case(case: Case) -> Iterator[str]:
-    yield f"**{case.name}**: {listed(case.settings)}." + (f" Measured: {listed(case.facts)}." if case.facts else "")
+    yield f"**{case.name}**: {listed(case.settings)}."
     yield ""
+    if case.facts:
+        yield f"Measured: {listed(case.facts)}."
+        yield ""
     has_reference = case.reference in case.runs
     heads = ["", case.unit, *([f"× {case.reference}"] if has_reference else []), *case.beside]
     yield f"| {' | '.join(head.replace('_', ' ') for head in heads)} |"

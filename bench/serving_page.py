@@ -1,4 +1,4 @@
-"""The section "Under load" of docs/serving.md from the results: every figure in it comes out of their JSON.
+"""docs/serving-load.md from the results: every figure on it comes out of their JSON.
 
 python -m bench.serving_page
 """
@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.report import INTERVALS, bar_rows, bench_rows, renewed
+from bench.report import INTERVALS, bar_rows, bench_rows
 from bench.serving import BARS
 from trimtab.core.errors import InputError, TrimtabError
 from trimtab.core.files import write_whole
 
-START, END = "<!-- load:start -->", "<!-- load:end -->"
-RESULTS, PAGE = Path("bench/results"), Path("docs/serving.md")
+RESULTS, PAGE = Path("bench/results"), Path("docs/serving-load.md")
 
 
-def section(folder: Path, page: Path) -> Iterator[str]:
-    """Lines of the section, as it is to stand on `page`; raises InputError where the folder holds no results."""
+def markdown(folder: Path, page: Path) -> str:
+    """The whole page, as it is to stand at `page`; raises InputError if the folder holds no results."""
+    return "\n".join(_lines(folder, page)).rstrip() + "\n"
+
+
+def _lines(folder: Path, page: Path) -> Iterator[str]:
     file, drafts = (_latest(folder, bench) for bench in ("serving", "served_drafts"))
     soak = folder / "soak.json"
     if file is None and drafts is None and not soak.exists():
         raise InputError(f"there are no results of a server in {folder}.", fix="run `make bench-serving`, `make soak`.")
+    yield "# Served under load"
+    yield ""
     yield "Written by `python -m bench.serving_page`; do not edit. `make bench-serving` and `make soak` measure again."
     yield ""
     if file is not None:
@@ -56,8 +61,8 @@ def _machine(document: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in (about["versions"] | told["versions"]).items())
     engine, others = (len(told["cores"][who]) for who in ("engine", "others"))
     return (
-        f"Measured on {about['name']}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {engine} for "
-        f"the model's threads, {others} for vLLM's scheduler, HTTP and clients; {versions}."
+        f"Measured on {about['name']}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB. {engine} of "
+        f"them for the model's threads, {others} for vLLM's scheduler, HTTP and clients. {versions}."
     )
 
 
@@ -65,12 +70,16 @@ def _soak(found: Mapping[str, Any]) -> Iterator[str]:
     told = found["settings"]
     yield "### Soak"
     yield ""
+    yield f"`python -m bench.soak --seconds {told['seconds']:g}`, {found['date']} UTC, commit {found['commit']}."
+    yield ""
     yield (
-        f"`python -m bench.soak --seconds {told['seconds']:g}`, {found['date']} UTC, commit {found['commit']}: "
-        f"{told['visitors']} visitors at a time made {found['requests']:,} visits to `{found['server']}` on the zoo, "
-        f"after {told['warm_up']:g} s of the same for warming up. They asked for answers whole and streamed, of any "
-        "length, with several choices, stop strings, settings of their own; left in the middle; hung up before a "
-        "request was complete; sent what is no request."
+        f"{told['visitors']} clients at a time made {found['requests']:,} visits to `{found['server']}` on the zoo, "
+        f"after {told['warm_up']:g} s of warming up."
+    )
+    yield ""
+    yield (
+        "They asked for whole and streamed answers of any length, with several choices, stop strings and settings of "
+        "their own. Others disconnected while an answer streamed or before a request was complete, or sent nonsense."
     )
     yield ""
     yield "| afterwards | found | expected | |"
@@ -79,31 +88,32 @@ def _soak(found: Mapping[str, Any]) -> Iterator[str]:
         verdict = "held" if check["is_met"] else "**failed**"
         yield f"| {check['name']} | {check['found']} | {check['expected']} | {verdict} |"
     yield ""
-    looks = ", ".join(f"{mib:,.0f} ({seconds:g} s)" for seconds, mib in found["memory_mib"])
-    yield f"Memory of the quiet server, MiB, after so many seconds of visits: {looks}."
+    yield "Memory of the idle server after so many seconds of visits:"
     yield ""
-    yield (
-        "What visitors were told, 0 where they had left: "
-        + ", ".join(f"{visit} ({count:,})" for visit, count in found["statuses"].items())
-        + "."
-    )
+    yield from _row("seconds", [f"{seconds:g}" for seconds, _ in found["memory_mib"]])
+    yield "|---|" + "--:|" * len(found["memory_mib"])
+    yield from _row("MiB", [f"{mib:,.0f}" for _, mib in found["memory_mib"]])
+    yield ""
+    yield "Kind of visit and status of the answer; 0 if the client had left:"
+    yield ""
+    yield "| visit: status | visits |"
+    yield "|---|--:|"
+    for visit, count in found["statuses"].items():
+        yield from _row(visit, [f"{count:,}"])
 
 
-def with_section(page: Path, folder: Path) -> str:
-    """The page with its section made anew; raises InputError where it has no marks to put it between."""
-    return renewed(page, section(folder, page), START, END, "what was measured under load")
+def _row(name: str, cells: Sequence[str]) -> Iterator[str]:
+    yield f"| {' | '.join([name, *cells])} |"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Writes the section; exit code 2 where there are no results or no marks."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.serving_page", description="Write docs/serving.md, 'Under load'."
-    )
+    """Writes the page; exit code 2 if there are no results."""
+    parser = argparse.ArgumentParser(prog="python -m bench.serving_page", description="Write docs/serving-load.md.")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page that holds the section")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
     asked = parser.parse_args(words)
     try:
-        write_whole(asked.page, with_section(asked.page, asked.output))
+        write_whole(asked.page, markdown(asked.output, asked.page))
     except TrimtabError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -16,8 +16,8 @@ def seconds_rows(cases: Sequence[Case]) -> Iterator[str]:
     if not both:
         return
     yield (
-        f"Where the seconds of '{decode.SPECULATED}' go, all repeats together: shares of the strong model, of the "
-        "small ones and of what is neither; and how long the strong model reads at a time."
+        f"Where the seconds of '{decode.SPECULATED}' go, over all repeats: the shares of the strong model, of the "
+        "small models and of the rest; and how long one forward of the strong model takes."
     )
     yield ""
     yield f"| | {' | '.join(HEADS)} |"
@@ -53,8 +53,7 @@ def costs(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     found = [case.facts[RATIO] for case in cases if bars.is_promised(case) and RATIO in case.facts]
     if found:
         yield (
-            f"Speed was promised where a step of the strong model costs {bars.PROMISED_RATIO} times a small one's or "
-            f"more. Members were made for {bars.PROMISED_RATIO} times; at their measurement it was {min(found):.0f} to "
-            f"{max(found):.0f} times."
+            f"The targets of speed are for a strong model whose step costs {bars.PROMISED_RATIO} times a small "
+            f"member's. Measured, it costs {min(found):.0f} to {max(found):.0f} times as much."
         )
         yield ""

@@ -156,10 +156,12 @@ def test_the_page_holds_every_bar_and_judges_by_the_figures(tmp_path):
     assert f"| {second.claim} | ≥ 1.00 | 0.83 (0.83 – 0.83) | **missed** | centre |" in text
     for bar in others:
         assert f"| {bar.claim} | {bar.demand} | – | not measured | |" in text
-    assert "| strong assisted | 45.00 (30.00 – 60.00) | 3.00 (3.00 – 3.00) |" in text
     assert report.INTERVALS in text
-    assert "- a note" in text
-    assert "![Decoding](../decode.png)" in text
+    assert "[Decoding](page-points.md#decoding)" in text
+    points = (page.parent / "page-points.md").read_text()
+    assert "| strong assisted | 45.00 (30.00 – 60.00) | 3.00 (3.00 – 3.00) |" in points
+    assert "- a note" in points
+    assert "![Decoding](../decode.png)" in points
 
 
 def test_long_runs_go_before_quick_ones_and_parts_are_left_out(tmp_path):
@@ -169,9 +171,9 @@ def test_long_runs_go_before_quick_ones_and_parts_are_left_out(tmp_path):
 
     write_results(tmp_path, findings("quick"), is_quick=True)
     write_results(tmp_path, findings("part"), is_quick=False, only="part")
-    assert "### quick" in report.markdown(tmp_path, tmp_path / "page.md")
+    assert "### quick" in report.points(tmp_path, tmp_path / "page.md")
     write_results(tmp_path, findings("long"), is_quick=False)
-    text = report.markdown(tmp_path, tmp_path / "page.md")
+    text = report.points(tmp_path, tmp_path / "page.md")
     assert "### long" in text
     assert "### quick" not in text
     assert "### part" not in text
@@ -212,13 +214,17 @@ def test_bars_judge_the_promised_places_only(other):
     assert bars.BARS[0].worst({"cases": [vars(promised), vars(elsewhere)]})[1].median == 2.5
 
 
-def test_the_page_in_the_repository_is_that_of_the_results():
-    results, page = ROOT / "bench" / "results", ROOT / "docs" / "performance.md"
-    expected = report.markdown(results, page) if list(results.glob("*.json")) else None
-    assert (page.read_text(encoding="utf-8") if page.exists() else None) == expected, "run `python -m bench report`"
-    readme = ROOT / "README.md"
+SCREEN = 60  # lines
+
+
+def test_the_pages_in_the_repository_are_those_of_the_results():
+    results, page, readme = ROOT / "bench" / "results", ROOT / "docs" / "performance.md", ROOT / "README.md"
     command = "run `python -m bench report --readme README.md`"
-    assert readme.read_text(encoding="utf-8") == report.with_promises(readme, results), command
+    summary = page.read_text(encoding="utf-8")
+    assert summary == report.markdown(results, page), command
+    assert len(summary.splitlines()) <= SCREEN
+    assert report.points_page(page).read_text(encoding="utf-8") == report.points(results, page), command
+    assert readme.read_text(encoding="utf-8") == report.with_targets(readme, results), command
 
 
 def test_a_readme_keeps_its_own_words_around_the_promises(tmp_path):

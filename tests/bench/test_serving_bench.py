@@ -263,22 +263,12 @@ def soaked(is_met=True):
     )
 
 
-@pytest.fixture
-def page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{serving_page.START}\nof yesterday\n{serving_page.END}\nafter\n")
-    return page
-
-
-def test_the_section_holds_bars_figures_and_soak_between_its_marks(page, tmp_path):
+def test_the_page_holds_targets_figures_and_soak(tmp_path):
     written(tmp_path, drafted=1.0)
     harness.write_json(tmp_path / "soak.json", soaked())
-    for _ in range(2):
-        assert serving_page.main(["--output", str(tmp_path), "--page", str(page)]) == 0
-        text = page.read_text()
-        assert text.startswith(f"before\n{serving_page.START}\n")
-        assert text.endswith(f"\n{serving_page.END}\nafter\n")
-        assert "of yesterday" not in text
+    page = tmp_path / "page.md"
+    assert serving_page.main(["--output", str(tmp_path), "--page", str(page)]) == 0
+    text = page.read_text()
     assert f"| {serving.BARS[0].claim} | ≥ 0.85 | 0.90 (0.90 – 0.90) | met | saturation |" in text
     assert "| 0.50 (0.50 – 0.50) | **missed** | saturation |" in text
     assert "| ours, the expert drafts | 1.50 (1.00 – 2.00) |" in text
@@ -287,16 +277,14 @@ def test_the_section_holds_bars_figures_and_soak_between_its_marks(page, tmp_pat
     assert "| memory afterwards | 1.010 of 900 MiB | <= 1.05 | held |" in text
     assert "mine" in text
     harness.write_json(tmp_path / "soak.json", soaked(is_met=False))
-    assert "**failed**" in "\n".join(serving_page.section(tmp_path, page))
+    assert "**failed**" in serving_page.markdown(tmp_path, page)
 
 
-def test_a_page_without_marks_and_a_folder_without_results_are_refused(page, tmp_path, capsys):
+def test_a_folder_without_results_is_refused(tmp_path, capsys):
+    page = tmp_path / "page.md"
     assert serving_page.main(["--output", str(tmp_path), "--page", str(page)]) == 2
     assert "there are no results of a server" in capsys.readouterr().err
-    written(tmp_path)
-    page.write_text("nothing")
-    with pytest.raises(InputError, match="has no place for what was measured under load"):
-        serving_page.with_section(page, tmp_path)
+    assert not page.exists()
 
 
 def test_results_of_servers_stay_off_the_page_of_speed(tmp_path):
@@ -327,9 +315,9 @@ def test_lengths_of_drafts_have_a_server_each_and_a_table_after_the_strong_model
     found = harness.document("served_drafts", Findings("Drafts under load", about, [case]), Options(is_quick=False))
     harness.write_json(tmp_path / "served_drafts.json", found)
     (tmp_path / "serving.json").unlink()
-    assert "| 3 drafted | 3.00 | 1.50 |" in "\n".join(serving_page.section(tmp_path, tmp_path / "page.md"))
+    assert "| 3 drafted | 3.00 | 1.50 |" in serving_page.markdown(tmp_path, tmp_path / "page.md")
 
 
-def test_the_section_in_the_repository_is_that_of_the_results():
-    page, results = ROOT / "docs" / "serving.md", ROOT / "bench" / "results"
-    assert page.read_text(encoding="utf-8") == serving_page.with_section(page, results), "run bench.serving_page"
+def test_the_page_in_the_repository_is_that_of_the_results():
+    page, results = ROOT / "docs" / "serving-load.md", ROOT / "bench" / "results"
+    assert page.read_text(encoding="utf-8") == serving_page.markdown(results, page), "run python -m bench.serving_page"
