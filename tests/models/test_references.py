@@ -10,7 +10,7 @@ from huggingface_hub import errors
 
 from trimtab import zoo
 from trimtab.core.errors import OfflineError, TrimtabError, UnreadableModel
-from trimtab.models import references
+from trimtab.models import checkpoint, references
 from trimtab.models.references import Reference, locate, parse_reference
 
 
@@ -141,13 +141,13 @@ def test_a_file_is_no_model(members_dir):
 
 def test_directories_without_configuration_or_safetensors_are_refused(members_dir, tmp_path):
     with pytest.raises(UnreadableModel, match=r"holds no config.json"):
-        references.check_directory(tmp_path)
+        checkpoint.check_directory(tmp_path)
     shutil.copy(members_dir / "base" / "config.json", tmp_path)
     with pytest.raises(UnreadableModel, match=r"holds no safetensors"):
-        references.check_directory(tmp_path)
+        checkpoint.check_directory(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UnreadableModel, match=r"holds pickled weights only \(pytorch_model.bin\)"):
-        references.check_directory(tmp_path)
+        checkpoint.check_directory(tmp_path)
 
 
 def test_the_digest_notices_a_changed_byte_anywhere(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from trimtab.batch.runner import InProcess, about, run
 from trimtab.core.errors import BadSetting, InputError, TrimtabError, UnreadableModel, unknown_name
 from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
-from trimtab.models import references, vocabulary
+from trimtab.models import checkpoint, vocabulary
 from trimtab.serving.parse_bool import is_on
 from trimtab.serving.vllm.plan import make_plan
 from trimtab.serving.vllm.speculative_config import Speculation, is_least_kept_too_long, translated
@@ -363,7 +363,7 @@ def make_answering(directory: Path, settings: Settings, model_names: Sequence[st
 def model_digest(directory: Path) -> str:
     """A fingerprint of a fused directory: its configuration, which names the members by digest, and its tokenizer."""
     total = hashlib.sha256()
-    config = references.read_json(directory / "config.json")
+    config = checkpoint.read_json(directory / "config.json")
     config.pop("transformers_version", None)
     total.update(as_json(config, sort_keys=True).encode())
     for name in sorted(set(saving.WRITTEN) - {"config.json"}):

@@ -10,6 +10,7 @@
         ContextTooLong               more tokens than a member can read
         EmptyPrompt                  nothing to continue
         UnreadableModel              a file or directory that is no model, or is damaged
+          MissingPackage             a model that needs a package which is not installed
         OfflineError                 a reference that needs the network, which is switched off or away
 
 Each message has three lines: what was found, what was expected, what to do.
@@ -70,6 +71,10 @@ class EmptyPrompt(InputError):
 
 class UnreadableModel(InputError):
     """A file or directory that is no model, or is damaged."""
+
+
+class MissingPackage(UnreadableModel):
+    """A model that needs a package which is not installed; the message has the line for pip."""
 
 
 class OfflineError(InputError):

@@ -8,7 +8,7 @@ from trimtab.core.errors import BadSetting, UnreadableModel
 from trimtab.core.files import atomic_directory
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.members import Members
-from trimtab.models import references, vocabulary
+from trimtab.models import checkpoint, references, vocabulary
 from trimtab.models.chat_templates import bound_template, template_of, with_chat_template
 from trimtab.models.loading import saved_reference
 from trimtab.models.prompts import PromptForm, read_form
@@ -114,7 +114,7 @@ def read_config(directory: Path) -> FusedConfig:
             "A fused directory is what FusedCausalLM.save_pretrained or `trimtab fuse` writes.",
             "correct the path, or make it with `trimtab fuse`.",
         )
-    content = references.read_json(directory / "config.json")
+    content = checkpoint.read_json(directory / "config.json")
     if content.get("model_type") != FusedConfig.model_type:
         raise UnreadableModel(
             f"'{directory}' is a model of type '{content.get('model_type')}', not a fused one.",
@@ -158,7 +158,7 @@ def write_directory(config: FusedConfig, members: Members, tokenizer: Any, targe
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
     is_fused = (target / "config.json").is_file() and (
-        references.read_json(target / "config.json").get("model_type") == FusedConfig.model_type
+        checkpoint.read_json(target / "config.json").get("model_type") == FusedConfig.model_type
     )
     if not target.is_dir() or ((target / "config.json").is_file() and not is_fused):
         raise BadSetting(

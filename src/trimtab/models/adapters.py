@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from trimtab.core.errors import MemberMismatch, UnreadableModel
+from trimtab.models.checkpoint import read_json
 from trimtab.models.locks import model_lock
-from trimtab.models.references import read_json
 from trimtab.models.shared_storage import ModuleChangeDetector
 
 

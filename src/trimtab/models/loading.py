@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from trimtab.core.errors import MemberMismatch, UnreadableModel, unknown_name
-from trimtab.models import adapters, references, vocabulary
+from trimtab.models import adapters, checkpoint, references, vocabulary
+from trimtab.models.context import context_of
 from trimtab.models.references import Reference
 
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names for device maps
@@ -88,8 +89,7 @@ class Member:
     @property
     def context(self) -> int | None:
         """Tokens that the model can read at most; None when its configuration sets no limit."""
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return context_of(self.model.config)
 
 
 class MemberLoader:
@@ -111,10 +111,15 @@ class MemberLoader:
             return self._given(name, source, base)
         reference = source if isinstance(source, Reference) else references.parse_reference(source)
         reference, directory = references.locate(reference, self._beside)
-        references.check_directory(directory)
+        try:
+            checkpoint.check_directory(directory)
+        except UnreadableModel as error:
+            raise UnreadableModel(
+                f"member '{name}' cannot be loaded: {error.found}", error.expected, error.fix
+            ) from error
         references.check_digest(name, reference, directory)
         tokenizer = vocabulary.load_tokenizer(directory)
-        if not references.is_adapter(directory):
+        if not checkpoint.is_adapter(directory):
             return Member(name, self._load(name, reference, directory), None, reference, directory, tokenizer)
         under, doubt = self._under(name, directory, base)
         switch = self.switches.setdefault(id(under.model), adapters.switch_for(under.model))
@@ -285,7 +290,7 @@ def _holds(directory: Path, model: nn.Module) -> bool:
     # Where adapters sit, peft has put the model's own layer one level down.
     ours = {re.sub(r"\.(base_layer|original_module)\b", "", key): value for key, value in model.state_dict().items()}
     seen = 0
-    for file in references.weight_files(directory):
+    for file in checkpoint.weight_files(directory):
         with safe_open(str(file), framework="pt") as tensors:
             for key in set(tensors.keys()) & set(ours):
                 part = tensors.get_slice(key)

@@ -2,21 +2,31 @@
 
 import errno
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import MemberMismatch, OfflineError, TrimtabError, UnreadableModel, last_line
+from trimtab.models.checkpoint import is_adapter, weight_files
 
 ZOO = "zoo:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# What a hub snapshot brings along: configurations, safetensors and tokenizer files. Pickles are never fetched.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+HUB_GGUF = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w./-]+\.gguf)")  # a file of a repository, asked for by name
+# What a hub snapshot brings along, each by its own name: `*` would match `original/` and copies of the weights in other
+# formats and number types (consolidated.safetensors, model.fp16.safetensors), which are never read.
+WEIGHT_FILES = [
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    *("adapter_model.safetensors", "adapter_model-?????-of-?????.safetensors", "adapter_model.safetensors.index.json"),
+]
+TOKENIZER_FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "tekken.json", "vocab.txt"),
+    *("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken"),
+]
+HUB_FILES = ["config.json", "generation_config.json", "adapter_config.json", *WEIGHT_FILES, *TOKENIZER_FILES]
 CACHE_FIXES = {  # what to do where the local cache cannot be written
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on the disk"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make that directory writable"),
@@ -56,6 +66,8 @@ def parse_reference(text: str | os.PathLike[str]) -> Reference:
 def locate(reference: Reference, beside: Path | None = None) -> tuple[Reference, Path]:
     """The local directory of a reference, and the reference made definite: an absolute path, or a hub id with commit.
 
+    A .gguf file stands in place of a directory: FILE.gguf, or OWNER/NAME/FILE.gguf on the hub.
+
     beside    the directory that relative paths start from; None: the current one
     raises    UnreadableModel when there is no such directory or repository, OfflineError when the network is needed;
               see `fetch`
@@ -67,12 +79,21 @@ def locate(reference: Reference, beside: Path | None = None) -> tuple[Reference,
     path = Path(reference.where).expanduser()
     if beside is not None:
         path = beside / path
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return replace(reference, where=str(path.resolve()), revision=None), path.resolve()
     if path.exists():
         raise UnreadableModel(
-            f"'{path}' is a file.", "A model is a directory with config.json and safetensors.", "pass its directory."
+            f"'{path}' is a file.",
+            "A model is a directory with config.json and safetensors, or a .gguf file.",
+            "pass its directory.",
         )
+    if match := HUB_GGUF.fullmatch(reference.where):
+        snapshot = fetch(replace(reference, where=match[1]), [match[2], *TOKENIZER_FILES])
+        if not (snapshot / match[2]).is_file():
+            raise UnreadableModel(
+                f"'{match[1]}' holds no file '{match[2]}'.", "A GGUF file is named as it lies there.", "correct it."
+            )
+        return replace(reference, revision=snapshot.name), snapshot / match[2]
     if HUB_ID.fullmatch(reference.where) is None:
         raise UnreadableModel(
             f"there is no directory '{path}'.", "A model is a directory, a hub id or a zoo: name.", "correct the path."
@@ -81,16 +102,20 @@ def locate(reference: Reference, beside: Path | None = None) -> tuple[Reference,
     return replace(reference, revision=snapshot.name), snapshot  # a snapshot's directory is named by its commit
 
 
-def fetch(reference: Reference) -> Path:
+def fetch(reference: Reference, files: Sequence[str] = HUB_FILES) -> Path:
     """The snapshot of a hub repository, from the local cache where it is already there.
 
+    files     patterns of what is fetched; shards of other names are fetched where the index names them
     raises    UnreadableModel when there is no such repository or revision, or it may not be read; OfflineError when the
               hub cannot be reached; TrimtabError when the local cache cannot be written
     """
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(reference.where, revision=reference.revision, allow_patterns=HUB_FILES))
+        snapshot = Path(snapshot_download(reference.where, revision=reference.revision, allow_patterns=list(files)))
+        if unnamed := [file.name for file in weight_files(snapshot) if not file.exists()]:
+            snapshot_download(reference.where, revision=snapshot.name, allow_patterns=unnamed)
+        return snapshot
     except (errors.HFValidationError, OSError, http_error()) as error:
         raise hub_failure(reference, error) from error
 
@@ -175,59 +200,30 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def check_directory(directory: Path) -> None:
-    """Refuses a directory that holds no configuration or no safetensors: pickled weights are never opened."""
-    if not (directory / "config.json").is_file() and not is_adapter(directory):
-        raise UnreadableModel(
-            f"'{directory}' holds no config.json and no adapter_config.json.",
-            "A model directory is what save_pretrained writes.",
-            "pass the directory that holds those files.",
-        )
-    if weight_files(directory):
-        return
-    pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
-    if pickles:
-        raise UnreadableModel(
-            f"'{directory}' holds pickled weights only ({', '.join(pickles[:3])}).",
-            "Opening a pickle can run any code, so only safetensors are read.",
-            "load them where you trust them and save with save_pretrained, which writes safetensors.",
-        )
-    raise UnreadableModel(
-        f"'{directory}' holds no safetensors.", "Weights are model.safetensors or shards of it.", "copy them there."
-    )
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether the directory holds a PEFT adapter."""
-    return (directory / "adapter_config.json").is_file()
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors of a model directory, or of an adapter directory, in the order of their names."""
-    pattern = "adapter_model*.safetensors" if is_adapter(directory) else "*.safetensors"
-    return sorted(directory.glob(pattern))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file that users may have touched."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UnreadableModel(f"'{file}' cannot be read: {error}.", fix="write the directory again.") from error
-    if not isinstance(content, dict):
-        raise UnreadableModel(f"'{file}' holds no JSON object.", fix="write the directory again.")
-    return content
-
-
 def digest(directory: Path) -> str:
     """A fingerprint of configuration and weights: 'sha256:...'.
 
     Files up to 64 MiB are hashed whole; of larger ones the size, the first piece (a safetensors file opens with the
     names, shapes and offsets of its tensors) and evenly spaced pieces: training touches every weight, so it shows.
     """
+    return _digest([*_config_files(directory), *weight_files(directory)])
+
+
+def _earlier_digest(directory: Path) -> str:
+    """As digests were made before copies of the weights in other formats were left out."""
+    pattern = "adapter_model*.safetensors" if is_adapter(directory) else "*.safetensors"
+    return _digest([*_config_files(directory), *sorted(directory.glob(pattern))])
+
+
+def _config_files(directory: Path) -> list[Path]:
+    if directory.is_file():  # a .gguf file has its configuration inside
+        return []
+    return [directory / ("adapter_config.json" if is_adapter(directory) else "config.json")]
+
+
+def _digest(files: Sequence[Path]) -> str:
     total = hashlib.sha256()
-    config = directory / ("adapter_config.json" if is_adapter(directory) else "config.json")
-    for file in [config, *weight_files(directory)]:
+    for file in files:
         total.update(f"{file.name}:{file.stat().st_size};".encode())
         with file.open("rb") as stream:
             if file.stat().st_size <= WHOLE_BYTES:
@@ -241,7 +237,7 @@ def digest(directory: Path) -> str:
 
 def check_digest(name: str, reference: Reference, directory: Path) -> None:
     """Refuses a member whose files are not those that were there when the fused model was made."""
-    if reference.digest is None or digest(directory) == reference.digest:
+    if reference.digest is None or reference.digest in (digest(directory), _earlier_digest(directory)):
         return
     raise MemberMismatch(
         f"member '{name}' has changed: '{directory}' is not the model that this fused model was made of.",

@@ -15,7 +15,7 @@ from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.speculation.draft import Drafter, check_rule, drafter_for
 from trimtab.logits.strategy.fusion import Strategy, strategy_from_dict
-from trimtab.models import references
+from trimtab.models import checkpoint, references
 
 DRAFTER = "drafter"  # in config.json: who drafts, a member or a rule; fused directories have no such entry
 
@@ -74,7 +74,7 @@ def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
     body_of = []
     for name in named if drafter is None else drafter.members:
         place = places[name]
-        weights, adapter = (places["base"], place) if references.is_adapter(place) else (place, None)
+        weights, adapter = (places["base"], place) if checkpoint.is_adapter(place) else (place, None)
         bodies.setdefault((weights, adapter), Body(keys[name], name, weights, adapter))
         body_of.append(list(bodies).index((weights, adapter)))
     return ServingPlan(tuple(bodies.values()), tuple(body_of), strategy, config.vocab_size, drafter)
@@ -91,7 +91,7 @@ def _drafter_of(config: FusedConfig, strategy: Strategy) -> Drafter | None:
 
 def _locate(name: str, reference: references.Reference, directory: Path) -> Path:
     found, place = references.locate(reference, beside=directory)
-    references.check_directory(place)
+    checkpoint.check_directory(place)
     references.check_digest(name, found, place)
     return place
 
@@ -107,7 +107,7 @@ def _refuse_own_prompts(config: FusedConfig) -> None:
 
 
 def _refuse_adapter(name: str, place: Path) -> None:
-    if references.is_adapter(place):
+    if checkpoint.is_adapter(place):
         raise MemberMismatch(
             f"the {name} model '{place}' is an adapter.",
             "vLLM merges adapters of experts into the base; other members are models of their own.",

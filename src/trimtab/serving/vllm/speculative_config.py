@@ -26,7 +26,7 @@ from trimtab.logits.config import FusedConfig
 from trimtab.logits.speculation.draft import CHEAPEST, LATELY, LEAST_NGRAM, NGRAM, PROMPT
 from trimtab.logits.speculation.length import FIRST, LONGEST
 from trimtab.logits.speculation.plan import AUTO, Plan, too_small
-from trimtab.models import references
+from trimtab.models import checkpoint, references
 from trimtab.models.references import Reference
 from trimtab.serving.vllm.plan import DRAFTER, ServingPlan, make_plan
 
@@ -126,7 +126,7 @@ def _settled(rule: str, place: Path, config: FusedConfig) -> str:
     if rule not in (CHEAPEST, LATELY):
         return rule
     _, _, experts = saving.references_of(config)
-    full = [name for name, part in experts.items() if not references.is_adapter(references.locate(part, place)[1])]
+    full = [name for name, part in experts.items() if not checkpoint.is_adapter(references.locate(part, place)[1])]
     return next(iter((*full, *experts, "base")))
 
 
@@ -169,7 +169,7 @@ def _read_by(place: Path, config: FusedConfig, rule: str) -> list[Path]:
 
 def _bytes(directory: Path) -> int:
     """Bytes of weights that one token has to go through, as they are stored."""
-    return sum(file.stat().st_size for file in references.weight_files(directory))
+    return sum(file.stat().st_size for file in checkpoint.weight_files(directory))
 
 
 def _drafting_plan(place: Path, config: FusedConfig, rule: str) -> ServingPlan:
