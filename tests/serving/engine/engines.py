@@ -31,6 +31,11 @@ def served(llm, prompts, **options):
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
+def runner_of(llm):
+    """The model runner of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def counters(llm):
     """What vLLM has counted so far, by name."""
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}

@@ -4,7 +4,7 @@ from itertools import chain, zip_longest
 
 import pytest
 import torch
-from engines import check_same, counters, engine, expected, served
+from engines import check_same, counters, engine, expected, runner_of, served
 
 import tiny
 from trimtab import FusedCausalLM
@@ -73,7 +73,7 @@ def check_drafts_counted(llm):
 
 def handed_over(llm, monkeypatch):
     """Fills up with the drafts that the scheduler gets, each with the room that its text has left."""
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner = runner_of(llm)
     take, seen = runner.take_draft_token_ids, []
 
     def take_and_note():

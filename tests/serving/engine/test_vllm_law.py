@@ -158,9 +158,9 @@ def test_pipeline_parallelism_is_refused(directory):
 
 def test_another_series_of_vllm_is_refused(directory, monkeypatch):
     with monkeypatch.context() as other:
-        other.setattr(vllm, "__version__", "0.33.0")
+        other.setattr(vllm, "__version__", "0.34.0")
         plugin.register()
-        with pytest.raises(BadSetting, match=r"this is vLLM 0\.33\.0"):
+        with pytest.raises(BadSetting, match=r"this is vLLM 0\.34\.0"):
             EngineArgs(model=str(directory)).create_engine_config()
     plugin.register()
     assert EngineArgs(model=str(directory)).create_engine_config().model_config.architectures == ["FusedCausalLM"]

@@ -25,12 +25,12 @@ def test_the_command_knows_its_version() -> None:
 
 FOUND = """
 from importlib import metadata
-from trimtab.serving.vllm.patches import name_cpu_build
+from trimtab_vllm_cpu import name_cpu_build
 
 listed, points = sorted(found.name for found in metadata.distributions()), metadata.entry_points()
 try:
     metadata.version("vllm")
-    raise SystemExit("vllm-cpu answers for vllm by itself: the mending can go")
+    raise SystemExit("vllm-cpu answers for vllm by itself: tools/vllm_cpu can go")
 except metadata.PackageNotFoundError:
     pass
 for _ in range(2):

@@ -262,10 +262,9 @@ def prepared(settings: ServeSettings) -> Namespace:
     """
     set_environment()
     from vllm import envs
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.platforms import current_platform
 
-    cli_env_setup()
+    _entrypoints()[1].cli_env_setup()
     is_cpu = current_platform.is_cpu()
     if is_cpu:
         set_cpu_cache()
@@ -338,10 +337,21 @@ def url_of(args: Namespace) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{args.port}"
 
 
+def _entrypoints() -> tuple[Any, Any]:
+    """vLLM's modules of the server's arguments and of the start of its commands."""
+    try:
+        from vllm.entrypoints.common import cli_args, startup
+    except ModuleNotFoundError:  # before 0.33
+        from vllm.entrypoints.launchers import cli_args
+        from vllm.entrypoints.serve.utils import api_utils as startup
+    return cli_args, startup
+
+
 def _parsed(words: list[str]) -> Namespace:
     """vLLM's arguments, read by vLLM's parser."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_args = _entrypoints()[0]
 
     class Quiet(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> Any:
@@ -351,11 +361,11 @@ def _parsed(words: list[str]) -> Namespace:
                 "see `trimtab serve --help` and `vllm serve --help=all`.",
             )
 
-    parser = make_arg_parser(Quiet(prog="trimtab serve"))
+    parser = cli_args.make_arg_parser(Quiet(prog="trimtab serve"))
     try:
         args: Namespace = parser.parse_args(words)
         args.subparser = "serve"
-        validate_parsed_serve_args(args)
+        cli_args.validate_parsed_serve_args(args)
     except (ValueError, TypeError) as error:
         raise InputError(f"vLLM does not take these options: {error}", fix="see `vllm serve --help=all`.") from error
     return args

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
@@ -19,15 +20,14 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from trimtab.core.errors import BadSetting
 from trimtab.models.adapter_merge import merged
 from trimtab.serving.batch_fusion import draft_rows, fuse_rows
-from trimtab.serving.vllm.draft_trimming import mend_draft_lengths
-from trimtab.serving.vllm.head_padding import fill_heads
-from trimtab.serving.vllm.patches import mend_seeded_draws
+from trimtab.serving.vllm.head_padding import pad_attention
+from trimtab.serving.vllm.patches import apply_patches
 from trimtab.serving.vllm.plan import Body, check_body, check_complete, make_plan
+from trimtab.serving.vllm.plugin import series_of
 
 LOAD_FORMATS = ("auto", "safetensors")
 
@@ -39,9 +39,6 @@ class FusedForVllm(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        if current_platform.is_cpu():
-            mend_seeded_draws()  # here, as the model runner has been imported
-        mend_draft_lengths(GPUModelRunner, FusedForVllm)
         _refuse_other_formats(vllm_config.load_config)
         fused = vllm_config.model_config
         self.plan = make_plan(fused.hf_config, _local(fused.model))
@@ -56,12 +53,13 @@ class FusedForVllm(nn.Module):
             # Compiled code is kept by tag: under one tag, bodies of one architecture would take each other's.
             with set_model_tag(f"trimtab_{body.key}"):
                 model = init_vllm_registered_model(own, prefix=name)
-            fill_heads(model, body)
+            pad_attention(model, body)
             self.add_module(body.key, model)
             self.configs[body.key] = own.model_config
             self.widths.append(own.model_config.get_hidden_size())
         if self.plan.drafter is not None:
             _refuse_unlike_windows(vllm_config)
+        apply_patches(self, series_of(vllm.__version__), current_platform.is_cpu())
 
     @property
     def bodies(self) -> list[Any]:

