@@ -72,7 +72,7 @@ docs: .venv/.installed  ## write the generated pages again: docs/cli.md, docs/st
 	touch $@
 
 docs-site: .venv/.docs-installed  ## the documentation as a site in build/site; broken links fail
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=docs $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 results: .venv/.installed  ## measure everything again: docs/results.md, its pictures, docs/zoo.md (about half an hour)
 	$(BIN)/trimtab zoo check --output docs/zoo.md --force

@@ -1,10 +1,12 @@
-"""Answer a file of OpenAI requests with a fused model; goes on after kill -9 where it was stopped.
+"""Answer a file of OpenAI requests with a fused model; `--resume` continues after kill -9.
 
 Input and output have the form of `vllm run-batch`: one request per line, {"custom_id", "method": "POST", "url":
 "/v1/chat/completions" or "/v1/completions", "body"}; one response per line, in the order of the input. A request that
-cannot be answered fails alone, with its error in its row. Names that end in .gz are compressed. Until the output is
-whole, OUTPUT.part beside it keeps what is finished. Workers run on Ray (pip install 'trimtab[batch]'), which is started
-on this machine and stopped again unless --address names a cluster; --workers 0 does without.
+cannot be answered fails alone, with its error in its row. Names that end in .gz are compressed.
+
+Until the output is whole, OUTPUT.part beside it keeps what is finished. Workers run on Ray (pip install
+'trimtab[batch]'). Ray is started on this machine and stopped afterwards, unless --address names a cluster; --workers 0
+runs without it.
 """
 
 import argparse

@@ -4,10 +4,11 @@
     smaller_root        the largest alpha in [0, alpha_max] with  f(a) <= forward  and  g(a) <= reverse
 
 with f(a) = KL(p_a || p) and g(a) = KL(p || p_a). Both grow with a. So on an interval between two evaluated alphas the
-pair (f, g) stays inside a box, and the box's distance to the targets bounds J from below: branch and bound. J can have
-several local minima; boxes cannot overlook one, but they shrink slowly around a minimum that misses the targets.
-Therefore each interval also carries an interpolation of A (see `hermite`): it says where the minimum should lie, and
-how much lower J could be if the interpolation were as wrong as its own error estimate.
+pair (f, g) stays inside a box, and the box's distance to the targets bounds J from below: branch and bound.
+
+J can have several local minima. Boxes cannot overlook one, but they shrink slowly around a minimum that misses the
+targets. Therefore each interval also carries an interpolation of A (see `hermite`): it says where the minimum should
+lie, and how much lower J could be if the interpolation were as wrong as its own error estimate.
 
 This is the plain version, for any device. On CPUs `kernel` does the same row by row in machine code, many times faster,
 where numba can be had (`trimtab.logits.solver.compiled.is_available` tells). The first call on a machine compiles it,
@@ -80,9 +81,11 @@ def match_divergences(
     returns      Match; at equal J the smallest alpha, so 0 for a delta of 0
 
     What is guaranteed: alpha lies in the range, its J is exact, at most J(0) and J(alpha_max), and `floor` is a true
-    lower bound. That no other local minimum is lower by more than 1e-6 is not proven but measured: the search stops
-    when the interpolation's error estimates rule it out, and the tests compare with dense scans over distributions that
-    were made to mislead it. Never NaN for finite targets. A row's result does not depend on the other rows.
+    lower bound. Never NaN for finite targets. A row's result does not depend on the other rows.
+
+    That no other local minimum is lower by more than 1e-6 is not proven but measured. The search stops when the
+    interpolation's error estimates rule it out, and the tests compare with dense scans over distributions that were
+    made to mislead it.
     """
     if isinstance(family, CompiledFamily):
         return Match(*family.match(forward, reverse, alpha_max, evaluations))

@@ -1,0 +1,114 @@
+"""The pages: short paragraphs, links and anchors that resolve, a site that names every page, an API that exists."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+LONGEST = 400  # characters of a paragraph or a list's item
+SCREEN = 45  # lines of the README that show what it is
+FENCE = re.compile(r"^\s*```.*?^\s*```\s*$", re.DOTALL | re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def without_code(text: str) -> str:
+    return FENCE.sub("\n", text)
+
+
+def paragraphs(text: str) -> list[str]:
+    """Paragraphs and items of lists, each on one line; tables, code, headings, pictures and comments left out."""
+    lines = []
+    for line in without_code(text).splitlines():
+        is_other = not line.strip() or line.lstrip().startswith(("|", "#", "<!--", "!["))
+        starts_item = re.match(r"\s*([-*]|\d+\.)\s", line)
+        lines.append(f"\0{line.strip()}" if starts_item else "\0" if is_other else line.strip())
+    return [block.strip() for block in " ".join(lines).split("\0") if block.strip()]
+
+
+def test_paragraphs_are_told_apart() -> None:
+    text = "one\ntwo\n\n- three\n  four\n- five\n\n```\ncode\n```\n| table |\n![picture](x)\nsix"
+    assert paragraphs(text) == ["one two", "- three four", "- five", "six"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_paragraph_is_long(page: Path) -> None:
+    long = [block for block in paragraphs(page.read_text(encoding="utf-8")) if len(block) > LONGEST]
+    assert not long, f"{name_of(page)}: {len(long[0])} characters: {long[0]}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links."""
+    heads = re.findall(r"^#+ (.+)$", without_code(page.read_text(encoding="utf-8")), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{name_of(page)}: {link}"
+        assert not anchor or anchor in anchors(target), f"{name_of(page)}: {link}"
+
+
+def entries(nav: object) -> list[str]:
+    """Files of a navigation, in their order."""
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [file for part in parts for file in entries(part)]  # type: ignore[attr-defined]
+
+
+def test_the_site_names_every_page_once() -> None:
+    sys.path.insert(0, str(DOCS))
+    try:
+        hooks = importlib.import_module("hooks")
+    finally:
+        sys.path.remove(str(DOCS))
+    own = [str(page.relative_to(DOCS)) for page in PAGES if page.is_relative_to(DOCS)]
+    named = entries(SITE["nav"])
+    assert sorted(named) == sorted([*own, *hooks.PAGES.values()])
+    # A link of the repository becomes the link between the same pages of the site.
+    assert hooks.site_link("docs/serving.md", "README.md") == "serving.md"
+    assert hooks.site_link("../CONTRIBUTING.md", "docs/architecture.md") == "contributing.md"
+    assert hooks.site_link("../bench/results/decode.png", "docs/performance-points.md") == "bench/results/decode.png"
+    assert hooks.site_link("../strategies.md", "docs/api/strategies.md") == "../strategies.md"
+    assert hooks.site_link("https://docs.vllm.ai", "docs/serving.md") == "https://docs.vllm.ai"
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=name_of)
+def test_the_reference_names_what_exists(page: Path) -> None:
+    names = re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert names
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        try:
+            assert importlib.import_module(name).__doc__
+        except ModuleNotFoundError:
+            assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+def test_the_readme_opens_with_commands_picture_and_a_small_table() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    first = "\n".join(lines[:SCREEN])
+    assert all(word in first for word in ("make demo", "make test", "![", "<!-- results:end -->"))
+    table = first.split("<!-- results:start -->")[1].split("<!-- results:end -->")[0].strip().splitlines()
+    assert 4 <= len(table) - 2 <= 6  # without heads and rule
+
+
+def test_nothing_of_the_site_comes_from_the_network() -> None:
+    theme = SITE["theme"]
+    assert theme["font"] is False
+    assert not any("://" in str(file) for kind in ("extra_css", "extra_javascript") for file in SITE.get(kind, []))
