@@ -38,9 +38,10 @@ from trimtab.models.prompts import OwnPrompts, PromptForm
 
 
 class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc]
-    """Strong + strategy(experts - base) as one causal language model; its logits are fused log-probabilities.
+    """Strong + strategy(experts - base) as one causal language model.
 
-    Build it with `from_members`, or open a directory with `from_pretrained`.
+    The softmax of its logits is the fused distribution. Build it with `from_members`, or open a directory with
+    `from_pretrained`.
     """
 
     config_class = FusedConfig
@@ -285,7 +286,10 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Fused log-probabilities of the next token.
+        """Fused logits of the next token: fused log-probabilities plus the strong model's log-sum-exp.
+
+        Their log-softmax is the fused distribution. They have the strong model's zero point, so that processors do the
+        same to them as to the strong model's logits: with alpha 0 these come back, within 1e-5 of the largest of them.
 
         input_ids         [batch, time]   the tokens that the cache does not hold yet
         attention_mask    [batch, past + time]   0 on padding, left or right; None: no padding
@@ -293,7 +297,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         labels            [batch, time]   adds the mean negative log-likelihood of the next token; -100 is not counted
         logits_to_keep    how many last positions to score, or which ones; 0: all
         member_prompt_*   and prompt_length: what `encode` returns for members with own prompts
-        returns           CausalLMOutputWithPast: logits [batch, kept, vocab] float32, on padding the uniform law
+        returns           CausalLMOutputWithPast: logits [batch, kept, vocab] float32; on padding uniform log_probs
         raises            ContextTooLong and InvalidLogits, naming the member; EmptyPrompt
         """
         self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
@@ -306,11 +310,12 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         if own is not None:
             logits_to_keep = kept_after_prompt(own, input_ids.shape[1], past, logits_to_keep, labels is not None)
         logits = self.reader.logits(input_ids, attention_mask, position_ids, cache, own, logits_to_keep)
-        fused = self._fuse(
+        log_probs, zero_point = self._fuse(
             logits, _is_real(attention_mask, input_ids.shape[1], logits_to_keep), past + input_ids.shape[1]
         )
-        loss = None if labels is None else _mean_loss(fused, labels)
-        output = CausalLMOutputWithPast(loss=loss, logits=fused, past_key_values=cache)
+        loss = None if labels is None else _mean_loss(log_probs, labels)
+        # In place: nothing else holds these log-probabilities, and they may be large.
+        output = CausalLMOutputWithPast(loss=loss, logits=log_probs.add_(zero_point), past_key_values=cache)
         return output if return_dict is not False else output.to_tuple()
 
     def _check_inputs(self, input_ids: Tensor | None, mask: Tensor | None, cache: Any, others: dict[str, Any]) -> None:
@@ -326,18 +331,25 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
                 "leave it out, or pass what an earlier call returned.",
             )
 
-    def _fuse(self, logits: Sequence[Tensor], is_real: Tensor | None, end: int) -> Float[Tensor, "batch kept vocab"]:
-        """Fused log-probabilities of all kept positions, a chunk at a time; `end` is the position after the last."""
+    def _fuse(
+        self, logits: Sequence[Tensor], is_real: Tensor | None, end: int
+    ) -> tuple[Float[Tensor, "batch kept vocab"], Float[Tensor, "batch kept 1"]]:
+        """Fused log-probabilities and the strong model's zero points at all kept positions, a chunk at a time.
+
+        end    the position after the last one kept
+        """
         batch, kept = logits[0].shape[:2]
         vocab, device = self.config.vocab_size, logits[0].device
         is_one_chunk = is_real is None and batch * kept <= self.reader.chunk_rows
         fused = torch.full((0 if is_one_chunk else batch * kept, vocab), -math.log(vocab), device=device)
-        for rows, laws in self.reader.log_probs(logits, end, is_real):
-            log_probs = self._strategy(laws.strong, laws.base, laws.experts).log_probs
+        zero_points = torch.zeros((batch * kept, 1), device=device)
+        for rows, members in self.reader.log_probs(logits, end, is_real):
+            log_probs = self._strategy(members.strong, members.base, members.experts).log_probs
             if is_one_chunk:
-                return log_probs.view(batch, kept, vocab)
+                return log_probs.view(batch, kept, vocab), members.zero_point.view(batch, kept, 1)
             fused[rows.to(device)] = log_probs
-        return fused.view(batch, kept, vocab)
+            zero_points[rows.to(device)] = members.zero_point
+        return fused.view(batch, kept, vocab), zero_points.view(batch, kept, 1)
 
     # ---- prompts
 
@@ -399,8 +411,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         ids, mask = (t.flip(-1).to(self.device) for t in prompt_forms.left_padded([a[::-1] for a in answers], 0))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=-1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], dim=-1)
-        laws = self(**inputs, use_cache=False, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]  # [batch, time, vocab]
-        log_probs: Tensor = laws.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        logits = self(**inputs, use_cache=False, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]  # [batch, time, vocab]
+        log_probs: Tensor = logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         return (log_probs * mask).sum(dim=-1)
 
     # ---- tracing

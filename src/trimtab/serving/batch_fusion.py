@@ -1,5 +1,5 @@
-"""Members' logits in, fused log-probabilities out: what an engine asks for at each step. The strategies are those of
-the transformers engine."""
+"""Members' logits in, fused logits out: what an engine asks for at each step. The strategies are those of the
+transformers engine."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimtab.logits.forward.reader import CHUNK_NUMBERS
+from trimtab.logits.forward.reader import CHUNK_NUMBERS, zero_point_of
 from trimtab.logits.speculation.draft import Drafter
 from trimtab.logits.strategy.fusion import Strategy
 
@@ -17,7 +17,9 @@ Law = Callable[[Sequence[Tensor]], Tensor]  # members' log-probabilities, each [
 def fuse_rows(
     logits: Sequence[Float[Tensor, "row _"]], body_of: Sequence[int], strategy: Strategy, vocab_size: int
 ) -> Float[Tensor, "row vocab"]:
-    """Fused log-probabilities of the next token, float32.
+    """Fused logits of the next token, float32: fused log-probabilities plus the strong model's log-sum-exp.
+
+    An engine's penalties look at the sign of a logit, so they need the strong model's zero point.
 
     logits      [row, tokens of that body] of each body, the strong one first, all on one device; a NaN stays one
     body_of     for strong, base and each expert: its place in `logits`
@@ -27,7 +29,8 @@ def fuse_rows(
     Nothing here waits for the device: no value of a tensor decides what is run.
     """
 
-    return _by_rows(logits, body_of, lambda laws: strategy(*parted(laws)).log_probs, vocab_size)
+    log_probs = _by_rows(logits, body_of, lambda laws: strategy(*parted(laws)).log_probs, vocab_size)
+    return log_probs + zero_points(logits[0], vocab_size)
 
 
 def draft_rows(
@@ -44,6 +47,11 @@ def _by_rows(logits: Sequence[Tensor], body_of: Sequence[int], law: Law, vocab_s
     """What `law` makes of the members' log-probabilities, some rows at a time: temporaries stay small."""
     made = [law(laws) for _, laws in laws_of(logits, body_of, vocab_size)]
     return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def zero_points(strong: Float[Tensor, "row _"], vocab_size: int) -> Float[Tensor, "row 1"]:
+    """What is added to fused log-probabilities so that they have the zero point of the strong model's logits."""
+    return zero_point_of(strong[:, :vocab_size].float())
 
 
 def laws_of(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.divergence import kl_nats
 from trimtab.logits.strategy.fusion import Fusion, Strategy
-from trimtab.serving.batch_fusion import laws_of, parted
+from trimtab.serving.batch_fusion import laws_of, parted, zero_points
 from trimtab.serving.device_copy import sent
 from trimtab.serving.histograms import Tally
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
@@ -66,7 +66,7 @@ class Steering:
         fuse_each(laws[0], laws[1], laws[2:], [NOTHING_SET] * 2, self.plan.strategy)
 
     def fuse(self, logits: Sequence[Tensor], hidden_states: Tensor) -> Float[Tensor, "row vocab"]:
-        """Fused log-probabilities, float32; each row by its request's settings.
+        """Fused logits, float32, as `fuse_rows` returns them; each row by its request's settings.
 
         logits          [row, tokens of that body] of each body, the strong one first
         hidden_states   [row, width], what the logits were computed from: it tells whose rows they are
@@ -77,7 +77,7 @@ class Steering:
             fusion = fuse_each(*parted(laws), settings, plan.strategy)
             if owners is not None:
                 self._remember(fusion, owners, piece)
-            fused.append(fusion.log_probs)
+            fused.append(fusion.log_probs + zero_points(logits[0][piece], plan.vocab_size))
         return fused[0] if len(fused) == 1 else torch.cat(fused)
 
     def _remember(self, fusion: Fusion, owners: RowOwners, piece: slice) -> None:

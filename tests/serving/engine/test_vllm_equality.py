@@ -53,6 +53,10 @@ def test_zoo_prompts_64_at_a_time_and_one_at_a_time(zoo, prompts, wanted):
     with engine(zoo[0], **PLAIN) as llm:
         check_same(zoo[1], prompts, served(llm, prompts), wanted, most=3)
         check_same(zoo[1], prompts[:40], one_at_a_time(llm, prompts[:40]), wanted[:40], most=1)
+        # A repetition penalty looks at the sign of a logit: both engines have the strong model's zero point.
+        penalised = expected(zoo[1], prompts[:40], repetition_penalty=1.4)
+        assert penalised != wanted[:40]
+        check_same(zoo[1], prompts[:40], served(llm, prompts[:40], repetition_penalty=1.4), penalised, most=0)
 
 
 def test_zoo_prompts_with_cached_prefixes_and_prompts_in_pieces(zoo, prompts, wanted):

@@ -45,11 +45,13 @@ class MemberLogProbs:
 
     strong, base    [row, vocab]
     experts         [expert, row, vocab]
+    zero_point      [row, 1]   log-sum-exp of the strong model's logits: its logits are `strong` + `zero_point`
     """
 
     strong: Float[Tensor, "row vocab"]
     base: Float[Tensor, "row vocab"]
     experts: Float[Tensor, "expert row vocab"]
+    zero_point: Float[Tensor, "row 1"]
 
 
 class Reader:
@@ -187,7 +189,9 @@ class Reader:
         self, logits: Sequence[Tensor], rows: Tensor, kept: int, start: int, marks: dict[int, int] | None
     ) -> MemberLogProbs:
         device = logits[0].device
-        laws = [scores[:, : self._vocab_size].to(device, torch.float32).log_softmax(dim=-1) for scores in logits]
+        fused_logits = [scores[:, : self._vocab_size].to(device, torch.float32) for scores in logits]
+        laws = [scores.log_softmax(dim=-1) for scores in fused_logits]
+        zero_point = zero_point_of(fused_logits[0])
         # One NaN makes its whole row NaN in the log-softmax, and so does a row of nothing but -inf: one column tells.
         broken = torch.stack([law[:, 0] for law in laws]).isnan()
         if bool(broken.any()):
@@ -198,8 +202,19 @@ class Reader:
             for run, place in found:
                 marks.setdefault(place, run)
             laws = [uniform_where(broken.any(dim=0), law) for law in laws]
+            zero_point = zero_point.masked_fill(broken.any(dim=0).unsqueeze(-1), 0.0)
         strong, base, *experts = (laws[run] for run in self.run_of)
-        return MemberLogProbs(strong, base, torch.stack(experts) if experts else strong.new_empty((0, *strong.shape)))
+        stacked = torch.stack(experts) if experts else strong.new_empty((0, *strong.shape))
+        return MemberLogProbs(strong, base, stacked, zero_point)
+
+
+def zero_point_of(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row 1"]:
+    """What log-softmax takes off a row of logits: its log-sum-exp.
+
+    Added to fused log-probabilities it makes logits on the strong model's scale. Their softmax is the same, and
+    processors that look at the sign of a logit (repetition penalties) do what they do to the strong model.
+    """
+    return logits.logsumexp(dim=-1, keepdim=True)
 
 
 def uniform_where(is_broken: Bool[Tensor, " row"], log_probs: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:

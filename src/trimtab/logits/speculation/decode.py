@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.logits.forward.reader import InvalidLogits, uniform_where
+from trimtab.logits.forward.reader import InvalidLogits, uniform_where, zero_point_of
 from trimtab.logits.speculation import draft as drafting
 from trimtab.logits.speculation.draft import Drafter
 from trimtab.logits.speculation.length import AcceptanceHistory, Costs, DraftLength
@@ -246,6 +246,8 @@ class SpeculativeDecoder:
         for drafted in range(length):
             self._read(serial, ids[:, -1:] if scores else last, read, logits)
             law = drafter.log_probs([self._law(logits[run][:, -1]) for run in runs])
+            # On the scale of its first member's logits, since processors treat it as they treat the fused logits.
+            law = law + self._zero_point(logits[runs[0]][:, -1])
             behind = self._scorer(law.unsqueeze(1), texts, self._rows.active, ids, drafted, reach)[:, 0]
             scores.append(self._scorer.drawable(behind))
             tokens = draw(scores[-1], self._do_sample)
@@ -297,6 +299,11 @@ class SpeculativeDecoder:
         law = scores[:, : self._vocab].to(self._rows.device, torch.float32).log_softmax(dim=-1)
         return uniform_where(law[:, 0].isnan(), law)
 
+    def _zero_point(self, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row 1"]:
+        """The log-sum-exp of a drafting run's logits; 0 where they make no distribution."""
+        zero_point = zero_point_of(scores[:, : self._vocab].to(self._rows.device, torch.float32))
+        return zero_point.masked_fill(~zero_point.isfinite(), 0.0)
+
     # ---- the fused law
 
     def _target(self, logits: dict[int, Tensor], kept: int, texts: Sequence[Sequence[int]], draft: Draft) -> Target:
@@ -319,7 +326,7 @@ class SpeculativeDecoder:
         )
 
     def _fuse(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
-        """Fused log-probabilities [row, kept, vocab] and weights [expert, row, kept] from all runs' logits.
+        """Fused logits [row, kept, vocab] and weights [expert, row, kept] from all runs' logits.
 
         The third are (row, position, run) where a run's logits make no law; the fused law is then uniform.
         """
@@ -327,7 +334,8 @@ class SpeculativeDecoder:
         laws_out, weights_out, broken = [], [], dict[int, int]()
         for _, laws in self._reader.log_probs(logits, kept, broken=broken):
             fusion = self._strategy(laws.strong, laws.base, laws.experts)
-            laws_out.append(fusion.log_probs.to(self._rows.device))  # texts and drafts may live elsewhere than members
+            fused = fusion.log_probs + laws.zero_point  # as `FusedCausalLM.forward` returns them
+            laws_out.append(fused.to(self._rows.device))  # texts and drafts may live elsewhere than members
             weights_out.append(_weights(fusion).to(self._rows.device))
         log_probs, weights = torch.cat(laws_out), torch.cat(weights_out, dim=1)
         places = [(*divmod(place, kept), run) for place, run in broken.items()]

@@ -41,6 +41,7 @@ STATEFUL = tuple(
         "SynthIDTextWatermarkLogitsProcessor",
         "UnbatchedClassifierFreeGuidanceLogitsProcessor",
         "ClassifierFreeGuidanceLogitsProcessor",
+        "DiaEOSDelayPatternLogitsProcessor",
     )
     if hasattr(known, name)
 )

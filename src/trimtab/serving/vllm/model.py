@@ -86,7 +86,10 @@ class FusedForVllm(nn.Module):
         return torch.cat([body(input_ids, positions) for body in self.bodies], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Fused (or a drafter's) log-probabilities [row, vocab], float32; None on processes that get no logits.
+        """Fused logits [row, vocab], float32; None on processes that get no logits.
+
+        Their softmax is the fused distribution, and their zero point is the strong model's. A drafter's are
+        log-probabilities: vLLM applies no penalty to them.
 
         hidden_states   [row, sum of widths], rows of what `forward` returned
         """
