@@ -16,13 +16,13 @@ ANY: tuple[Any, ...] = ()  # every value may be ignored
 # Opening: what has an effect, and which values of the rest ask for nothing.
 OPENING = (
     *("config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "strategy"),
-    *("one_pass", "output_loading_info"),
+    *("one_pass", "output_loading_info", "generation_config"),
 )
 IDLE_IN_OPENING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("_from_auto", "_from_pipeline", "_commit_hash", "low_cpu_mem_usage"), ANY),
     "offload_folder": ANY,  # read only where weights are offloaded, and members are not
     **dict.fromkeys(("cache_dir", "proxies", "gguf_file", "quantization_config", "max_memory", "variant"), (None,)),
-    **dict.fromkeys(("state_dict", "generation_config", "key_mapping", "tp_plan", "fusion_config"), (None,)),
+    **dict.fromkeys(("state_dict", "key_mapping", "tp_plan", "fusion_config"), (None,)),
     **dict.fromkeys(("trust_remote_code", "force_download", "local_files_only", "token"), (None, False)),
     **dict.fromkeys(("load_in_8bit", "load_in_4bit", "ignore_mismatched_sizes", "use_kernels"), (None, False)),
     **dict.fromkeys(("use_safetensors", "weights_only"), (None, True)),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from trimtab.core.errors import BadSetting
-from trimtab.logits import arguments, saving
+from trimtab.logits import arguments, generation_settings, saving
 from trimtab.logits import members as member_loading
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.forward.cache import FusedCache
@@ -69,9 +69,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         self.encoder = PromptEncoder(tokenizer, self.member_names, self.forms, config.pad_token_id or 0)
         self.strategy = strategy
         self._plan = Plan(config.speculate, config.speculate_draft).check(self.expert_names)
-        self.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-        )
+        self.generation_config = generation_settings.from_strong(members.strong.model.generation_config, config)
         self.eval()
 
     # ---- building, opening, saving
@@ -119,8 +117,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
         kwargs    dtype, device or device_map (for all members or {member: ...}), attn_implementation, strategy and
                   one_pass (others than the directory's), use_cache, config (of this directory; references, strategy,
-                  prompts, one_pass and use_cache may be changed in it); what else transformers knows may only be passed
-                  at its default
+                  prompts, one_pass and use_cache may be changed in it), generation_config (in place of the file in the
+                  directory); what else transformers knows may only be passed at its default
         returns   FusedCausalLM; with output_loading_info=True also transformers' loading report
         raises    UnreadableModel, OfflineError, MemberMismatch when a member has changed; BadSetting for an argument
                   without effect
@@ -144,6 +142,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         fused = cls._of(members, strategy, vocabulary.load_tokenizer(directory), config.prompts or {}, one_pass)
         fused.config.use_cache = config.use_cache if use_cache is None else bool(use_cache)
         fused._set_plan(Plan(config.speculate, config.speculate_draft))
+        fused._set_generation(directory, kwargs.get("generation_config"))
         fused.name_or_path = fused.config.name_or_path = str(directory)
         return (fused, dict(saving.NOTHING_MISSING)) if kwargs.get("output_loading_info") else fused
 
@@ -160,8 +159,15 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         config, tokenizer, forms = saving.settle(members, tokenizer, prompts, one_pass, chat_template)
         return cls(config, members, strategy, tokenizer, forms)
 
+    def _set_generation(self, directory: Path, given: GenerationConfig | None) -> None:
+        """What `generate` does unasked: the settings given, else the directory's, else the strong model's."""
+        if given is not None:
+            self.generation_config = generation_settings.completed(given, self.config)
+        else:
+            self.generation_config = generation_settings.read(directory, self.config) or self.generation_config
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], overwrite: bool = True, **kwargs: Any) -> None:
-        """Writes config.json (references, strategy, prompts) and the tokenizer; no weights.
+        """Writes config.json (references, strategy, prompts), generation_config.json and the tokenizer; no weights.
 
         Paths of members that lie beside or below the directory are written relative to it. The rest of what
         transformers' save_pretrained knows (shard sizes, pushing to the hub) has no meaning here and is refused,
@@ -174,7 +180,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         arguments.check_saving(kwargs)
         if kwargs.get("is_main_process") is False:  # several processes, of which another one writes
             return
-        saving.write_directory(self.config, self.members, self.tokenizer, Path(os.fspath(save_directory)), overwrite)
+        target = Path(os.fspath(save_directory))
+        saving.write_directory(self.config, self.members, self.tokenizer, target, overwrite, self.generation_config)
 
     # ---- what it is made of
 

@@ -6,18 +6,20 @@ from typing import Any
 
 from trimtab.core.errors import BadSetting, UnreadableModel
 from trimtab.core.files import atomic_directory
+from trimtab.logits import generation_settings
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.members import Members
 from trimtab.models import checkpoint, references, vocabulary
 from trimtab.models.chat_templates import bound_template, template_of, with_chat_template
 from trimtab.models.loading import saved_reference
-from trimtab.models.prompts import PromptForm, read_form
+from trimtab.models.prompts import PromptForm, padding_left, read_form
 from trimtab.models.references import Reference
 
 # What a fused directory consists of: the configuration, and the files of any tokenizer. They belong together, so none
 # of an earlier tokenizer's stays beside a new one's.
 WRITTEN = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
@@ -41,7 +43,7 @@ def settle(
     if tokenizer is not None:
         tokenizers = {"the tokenizer given": tokenizer} | tokenizers
     vocabulary.check_tokenizers(tokenizers)
-    tokenizer = next(iter(tokenizers.values()), None)
+    tokenizer = padding_left(next(iter(tokenizers.values()), None))
     size = vocabulary.fused_size(tokenizer, {member.name: member.rows for member in members})
     tokenizer = with_chat_template(tokenizer, template_owners(members), chat_template)
     config = make_config(members, tokenizer, size)
@@ -138,11 +140,16 @@ def references_of(config: FusedConfig) -> tuple[Reference, Reference, dict[str, 
         raise UnreadableModel(f"a reference in config.json cannot be read: {error}.", fix="fuse again.") from error
 
 
-def write_directory(config: FusedConfig, members: Members, tokenizer: Any, target: Path, overwrite: bool) -> None:
-    """Writes config.json and tokenizer; whoever looks meanwhile sees the old directory or the new one, never a half.
+def write_directory(
+    config: FusedConfig, members: Members, tokenizer: Any, target: Path, overwrite: bool, generation: Any = None
+) -> None:
+    """Writes config.json, generation_config.json and tokenizer; a reader sees the old directory or the new one, whole.
 
-    config    strategy and prompts are in it; the references are filled in here
+    config      strategy and prompts are in it; the references are filled in here
+    generation  the GenerationConfig to write; None: the strong model's
     """
+    if generation is None:
+        generation = generation_settings.from_strong(members.strong.model.generation_config, config)
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         _check_replaceable(target, overwrite)
     found = {member.name: saved_reference(member) for member in members}
@@ -153,6 +160,7 @@ def write_directory(config: FusedConfig, members: Members, tokenizer: Any, targe
     with atomic_directory(target, replaced=WRITTEN) as beside:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(beside))
+        generation_settings.write(generation, beside)
         config.save_pretrained(str(beside))
 
 

@@ -4,6 +4,7 @@ The *shared text* is what the caller sees: the plain prompt, then the generated 
 reads its own rendering of the prompt in place of the plain one, and then the same generated tokens.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,16 @@ def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor,
     ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
+
+
+def padding_left(tokenizer: Any) -> Any:
+    """The tokenizer, padding on the left, where generation needs it; a copy, since it may be in other use."""
+    if tokenizer is None or tokenizer.padding_side == "left":
+        return tokenizer
+    padded = copy.copy(tokenizer)
+    padded.padding_side = "left"
+    padded.init_kwargs = {**tokenizer.init_kwargs, "padding_side": "left"}  # what save_pretrained writes
+    return padded
 
 
 def positions_of(mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
