@@ -63,6 +63,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{name_of(page)}: {link}"
 
 
+PRESENT = [page for page in PAGES if page.name not in ("research-log.md", "CHANGELOG.md")]  # those tell of what was
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=name_of)
+def test_modules_that_are_named_exist(page: Path) -> None:
+    for file in re.findall(
+        r"`((?:batch|core|logits|measure|models|serving|studies|zoo)/[\w/]+\.py)`", page.read_text()
+    ):
+        assert (ROOT / "src" / "trimtab" / file).is_file(), f"{name_of(page)}: {file}"
+
+
 def entries(nav: object) -> list[str]:
     """Files of a navigation, in their order."""
     if isinstance(nav, str):
