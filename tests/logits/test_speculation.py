@@ -677,11 +677,11 @@ def test_drafts_that_never_pay_are_tried_again_now_and_then():
 
 def test_idle_rounds_count_across_short_texts():
     """Answers shorter than the wait for another try, one after the other: drafts are tried again all the same."""
-    habit, found = AcceptanceHistory(acceptance=0.0), []
+    history, found = AcceptanceHistory(acceptance=0.0), []
     for _ in range(20):
-        length = DraftLength(habit=habit)
+        length = DraftLength(history=history)
         found += [length.next(0.9, lambda tokens: float(tokens), 0.0) for _ in range(3)]
-        habit = length.habit
+        history = length.history
     assert found.count(1) == 2
     assert found.count(0) == 58
 
@@ -692,7 +692,7 @@ def test_a_token_without_a_draft_is_measured_before_drafts_are_judged():
     assert costs.is_blind_at(1)
     assert not costs.is_blind_at(2)
     assert not Costs().is_blind_at(1)
-    length = DraftLength(habit=AcceptanceHistory(acceptance=0.3))
+    length = DraftLength(history=AcceptanceHistory(acceptance=0.3))
     assert length.next(0.05, costs.of, 0.0) > 0
     costs.add(1, 1.0)
     assert not costs.is_blind_at(1)
@@ -724,12 +724,12 @@ def test_what_drafts_became_of_is_known_by_rule_and_forgotten_with_the_strategy(
     model = fuse()
     for rule in ("math", "prompt"):
         new_tokens(model, MANY, speculate=3, speculate_draft=rule, max_new_tokens=24)
-    habits = model._cost_model.habits
-    assert set(habits) == {"math", "prompt"}
-    assert habits["math"].acceptance != habits["prompt"].acceptance
+    histories = model._cost_model.histories
+    assert set(histories) == {"math", "prompt"}
+    assert histories["math"].acceptance != histories["prompt"].acceptance
     costs = model._cost_model.groups
     model.strategy = "static"
-    assert model._cost_model.habits == {}
+    assert model._cost_model.histories == {}
     assert model._cost_model.groups is costs
 
 

@@ -11,7 +11,7 @@ from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
 from trimtab.core.registry import find
 from trimtab.logits.registry import AMOUNTS, CHOOSERS
-from trimtab.logits.speculation.verify import accepted, draw, residual, standing
+from trimtab.logits.speculation.verify import acceptance_mask, accepted, draw, residual
 from trimtab.logits.strategy.base import JointAmount
 from trimtab.logits.strategy.fusion import NO_CHOICE, make_strategy
 
@@ -87,10 +87,10 @@ def test_a_drafted_token_stands_with_the_probability_of_the_ratio():
     target, proposal = torch.randn(2, 1, 1, 5)
     for x in range(5):
         draft = torch.full((20000, 1), x)
-        stands = standing(draft, target.expand(20000, 1, 5), proposal.expand(20000, 1, 5), do_sample=True)
+        stands = acceptance_mask(draft, target.expand(20000, 1, 5), proposal.expand(20000, 1, 5), do_sample=True)
         ratio = (target.log_softmax(-1) - proposal.log_softmax(-1))[0, 0, x].exp().clamp_max(1.0)
         assert abs(float(stands.float().mean() - ratio)) < 0.015
-        certain = standing(draft, target.expand(20000, 1, 5), None, do_sample=True).float().mean()
+        certain = acceptance_mask(draft, target.expand(20000, 1, 5), None, do_sample=True).float().mean()
         assert abs(float(certain - target.softmax(-1)[0, 0, x])) < 0.015
 
 
@@ -112,7 +112,7 @@ def test_greedy_stands_where_it_is_the_likeliest():
     best = target.argmax(-1)
     draft = best.clone()
     draft[1, 1] = (draft[1, 1] + 1) % 8
-    stands = standing(draft, target, None, do_sample=False)
+    stands = acceptance_mask(draft, target, None, do_sample=False)
     assert accepted(stands, torch.tensor([3, 3])).tolist() == [3, 1]
     assert accepted(stands, torch.tensor([2, 3])).tolist() == [2, 1]  # filling does not count
     assert draw(target[:, 0], do_sample=False).tolist() == best[:, 0].tolist()

@@ -200,7 +200,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         self._strategy = strategy.for_experts(names) if names else strategy
         self.config.strategy = self._strategy.to_dict()
         if self._cost_model is not None:  # another law takes other drafts; forwards cost what they did
-            self._cost_model = replace(self._cost_model, habits={})
+            self._cost_model = replace(self._cost_model, histories={})
 
     @property
     def speculate(self) -> str | int:

@@ -29,7 +29,7 @@ from trimtab.logits.speculation.processors import Scorer
 from trimtab.logits.speculation.ragged import RaggedReading
 from trimtab.logits.speculation.report import SpeculationReport
 from trimtab.logits.speculation.sequences import Rows
-from trimtab.logits.speculation.verify import accepted, draw, residual, standing
+from trimtab.logits.speculation.verify import acceptance_mask, accepted, draw, residual
 from trimtab.logits.strategy.fusion import Fusion, Strategy
 
 
@@ -43,8 +43,8 @@ class CostModel:
     """
 
     groups: list[Costs]
-    beside: Costs = field(default_factory=Costs)
-    habits: dict[str, AcceptanceHistory] = field(default_factory=dict)
+    overhead: Costs = field(default_factory=Costs)
+    histories: dict[str, AcceptanceHistory] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,7 +113,7 @@ class SpeculativeDecoder:
         self._rows, self._scorer, self._cost_model = rows, scorer, meter
         self._do_sample, self._vocab = do_sample, vocab_size
         self._rule = drafting.settled(rule, strategy, self._names, self._reader.is_one_forward)
-        self._length = DraftLength(fixed_length, meter.habits.get(self._rule))
+        self._length = DraftLength(fixed_length, meter.histories.get(self._rule))
         self._lately = torch.zeros(len(self._names))
         self._in_forwards = 0.0
         self._is_careful = False  # the next round reads one token alone
@@ -124,11 +124,11 @@ class SpeculativeDecoder:
         while self._rows.active:
             start, self._in_forwards, is_opening = time.perf_counter(), 0.0, self._reading.is_opening
             self._round()
-            beside = time.perf_counter() - start - self._in_forwards
+            overhead = time.perf_counter() - start - self._in_forwards
             if not is_opening:  # what is compiled or read from disk at the first call tells nothing of the next ones
-                self._cost_model.beside.add(1, beside)
-            self.report.beside += beside
-        self._cost_model.habits[self._rule] = self._length.habit
+                self._cost_model.overhead.add(1, overhead)
+            self.report.overhead += overhead
+        self._cost_model.histories[self._rule] = self._length.history
 
     # ---- one round
 
@@ -207,7 +207,7 @@ class SpeculativeDecoder:
         if all(costs[group].seconds for group in others):
             verifying = lambda tokens: math.fsum(costs[group].of(rows * tokens) for group in others)  # noqa: E731
         per_draft = math.fsum(costs[group].of(rows) for group in serial)
-        wanted = self._length.next(per_draft, verifying, self._cost_model.beside.of(1))
+        wanted = self._length.next(per_draft, verifying, self._cost_model.overhead.of(1))
         return max(0, min([wanted, *self._limits()]))
 
     def _limits(self) -> list[int]:
@@ -345,7 +345,7 @@ class SpeculativeDecoder:
         """How many drafted tokens of each row stand."""
         if draft.width == 0:
             return draft.lengths
-        stands = standing(draft.ids, target.scores[:, : draft.width], draft.scores, self._do_sample)
+        stands = acceptance_mask(draft.ids, target.scores[:, : draft.width], draft.scores, self._do_sample)
         for row, at in target.broken:
             stands[row, at : at + 1] = False  # nothing is known to stand there
         return accepted(stands, draft.lengths)

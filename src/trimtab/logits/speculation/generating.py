@@ -109,7 +109,7 @@ def speculative_sample(model: Any, plan: Plan, task: Task, report: SpeculationRe
     finally:
         # Both may have been set by now: other groups have other costs, another law takes other drafts.
         if model.reader is reader:
-            model._cost_model = meter if model.strategy is strategy else replace(meter, habits={})
+            model._cost_model = meter if model.strategy is strategy else replace(meter, histories={})
         _stop_recording(cache)
     pad_id = _pad_id(config)
     sequences = rows.finish(pad_id)

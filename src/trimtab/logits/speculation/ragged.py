@@ -1,8 +1,8 @@
 """What every member has read of every row, when each row of a batch accepts another number of drafted tokens.
 
 All rows of a batch read the same number of tokens at a time. Afterwards each row takes back what was not accepted: its
-cached keys and values move to the right over what is taken back, so that all rows end at the same place again and the
-differences stand on the left, as padding, where masks and sliding windows know how to deal with them. One row alone is
+cached keys and values move to the right over what is taken back, so that all rows end in the same column again and the
+differences lie on the left, as padding, where masks and sliding windows know how to deal with them. One row alone is
 cropped and never moved.
 """
 
@@ -24,7 +24,7 @@ MOVABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 class RaggedReading:
     """The members' caches and masks during speculation. Every group reads the prompt with the first tokens it is given.
 
-    prompts   per run: what is to be read first, behind what the cache holds already
+    prompts   per run: what is to be read first, after what the cache holds already
     masks     per run [row, width]: 1 where the cache holds a token of the row, or will when the prompt is read
     """
 
@@ -57,12 +57,12 @@ class RaggedReading:
         return group in self._unread
 
     def read(self, group: int, tokens: Int[Tensor, "row new"]) -> list[Tensor]:
-        """Lets a group read these tokens after what it knows; the logits [row, new, ...] of its runs.
+        """Reads these tokens in a group, after what it has read; the logits [row, new, ...] of its runs.
 
-        With the prompt, which is read first, one position more: the one behind the prompt. `new` may then be 0.
+        With the prompt, which is read first, one position more: the one after the prompt. `new` may then be 0.
         """
         runs, is_first = self.reader.groups[group].runs, group in self._unread
-        all_inputs = [_behind(self._prompts[run], tokens) if is_first else self._feed(run, tokens) for run in runs]
+        all_inputs = [_appended(self._prompts[run], tokens) if is_first else self._feed(run, tokens) for run in runs]
         logits = self.reader.groups[group].read(all_inputs, self.cache.views[group], tokens.shape[1] + is_first)
         for run in runs:
             self.masks[run] = _longer(self.masks[run], tokens.shape[1])
@@ -73,9 +73,9 @@ class RaggedReading:
         return logits
 
     def start_again(self, read: Mapping[int, int]) -> None:
-        """Forgets the prompt and what was read behind it: every group reads it anew.
+        """Forgets the prompt and what was read after it: every group reads it anew.
 
-        read    {group: positions that it has read since, the one behind the prompt counted}
+        read    {group: positions that it has read since, the one after the prompt counted}
         """
         for group, positions in read.items():
             if group in self._unread:
@@ -91,8 +91,8 @@ class RaggedReading:
 
     def _feed(self, run: int, tokens: Tensor) -> ForwardInputs:
         new = tokens.shape[1]
-        places = torch.arange(new, device=tokens.device)
-        positions = self._lengths[run].to(tokens.device).unsqueeze(-1) + places
+        indices = torch.arange(new, device=tokens.device)
+        positions = self._lengths[run].to(tokens.device).unsqueeze(-1) + indices
         mask = _longer(self.masks[run], new) if self._padded[run] else None
         return ForwardInputs(tokens, mask, positions, self.masks[run].shape[1] + new)
 
@@ -115,7 +115,7 @@ class RaggedReading:
         self._trim(group)
 
     def _trim(self, group: int) -> None:
-        """Cuts columns that are padding in every row of every run of a group. Padding stands on the left only.
+        """Cuts columns that are padding in every row of every run of a group. Padding is on the left only.
 
         A row alone keeps its own: its cache shall fit the text that it belongs to.
         """
@@ -155,8 +155,8 @@ def _whole_mask(feed: ForwardInputs) -> Tensor:
     return feed.input_ids.new_ones((feed.input_ids.shape[0], feed.width))
 
 
-def _behind(prompt: ForwardInputs, tokens: Int[Tensor, "row new"]) -> ForwardInputs:
-    """A prompt and tokens behind it, to be read together."""
+def _appended(prompt: ForwardInputs, tokens: Int[Tensor, "row new"]) -> ForwardInputs:
+    """A prompt and the tokens after it, to be read together."""
     new = tokens.shape[1]
     mask = prompt.attention_mask
     after = prompt.position_ids[:, -1:] + 1 + torch.arange(new, device=prompt.position_ids.device)
@@ -181,23 +181,23 @@ def _longer(mask: Tensor, new: int) -> Tensor:
     return torch.cat([mask, mask.new_ones(mask.shape[0], new)], dim=-1)
 
 
-def _places(width: int, shift: Tensor) -> Tensor:
+def _source_indices(width: int, shift: Tensor) -> Tensor:
     """For each row the columns from which a move to the right by `shift` reads; [row, width]."""
     return torch.arange(width, device=shift.device) - shift.unsqueeze(-1)
 
 
 def _moved_right(mask: Tensor, shift: Tensor) -> Tensor:
-    places = _places(mask.shape[1], shift.to(mask.device))
-    return mask.gather(1, places.clamp_min(0)).masked_fill(places < 0, 0)
+    indices = _source_indices(mask.shape[1], shift.to(mask.device))
+    return mask.gather(1, indices.clamp_min(0)).masked_fill(indices < 0, 0)
 
 
 def _move_right(layer: DynamicLayer, shift: Tensor) -> None:
     """Moves each row's keys and values right; what comes in on the left is padding."""
     if not layer.is_initialized or layer.keys.numel() == 0:
         return
-    places = _places(layer.keys.shape[-2], shift.to(layer.keys.device)).clamp_min(0)[:, None, :, None]
-    layer.keys = layer.keys.gather(2, places.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[-1]))
-    layer.values = layer.values.gather(2, places.expand(-1, layer.values.shape[1], -1, layer.values.shape[-1]))
+    indices = _source_indices(layer.keys.shape[-2], shift.to(layer.keys.device)).clamp_min(0)[:, None, :, None]
+    layer.keys = layer.keys.gather(2, indices.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[-1]))
+    layer.values = layer.values.gather(2, indices.expand(-1, layer.values.shape[1], -1, layer.values.shape[-1]))
 
 
 def _cut_left(layer: DynamicLayer, spare: int) -> None:

@@ -1,4 +1,4 @@
-"""What speculation did in one generation: how much was drafted, how much of it stood, and what it cost."""
+"""What speculation did in one generation: how much was drafted, how much of it was accepted, and what it cost."""
 
 import threading
 from collections import Counter
@@ -19,14 +19,14 @@ class SpeculationReport:
     reason      why nothing was drafted; None when speculation was on
     rounds      readings by the strong model, the prompt's included
     row_rounds  the same, counted for each row that was read
-    drafted     tokens that were drafted and judged by the fused law, or dropped with a rejected one before them
-    accepted    drafted tokens that stood
+    drafted     tokens that were drafted and judged, or dropped with a rejected one before them
+    accepted    drafted tokens that the text keeps
     emitted     tokens generated
     lengths     {length of the draft: rounds}
-    drafters    {who drafted: rounds}
+    drafters    {which drafter: rounds}
     calls       {member: forwards}, the prompt's included; members read together count once each
     seconds     {member: seconds in its forwards}, shared evenly by members that are read together
-    beside      seconds spent outside the members' forwards
+    overhead    seconds spent outside the members' forwards
     """
 
     reason: str | None = None
@@ -39,7 +39,7 @@ class SpeculationReport:
     drafters: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
-    beside: float = 0.0
+    overhead: float = 0.0
 
     @property
     def is_on(self) -> bool:
@@ -48,7 +48,7 @@ class SpeculationReport:
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the drafted tokens that stood; None where nothing was drafted."""
+        """Share of the drafted tokens that were accepted; None where nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
@@ -87,13 +87,13 @@ def summed(reports: Sequence[SpeculationReport]) -> dict[str, Any]:
 
 
 def note_report(model: Any, report: SpeculationReport) -> None:
-    """From now on this is the report of what this thread does last with a model."""
+    """Keeps a report as the last one of this thread and model."""
     if not hasattr(_OF_THREAD, "reports"):
         _OF_THREAD.reports = WeakKeyDictionary()
     _OF_THREAD.reports[model] = report
 
 
 def last_report(model: Any) -> SpeculationReport | None:
-    """The report of what this thread did last with a model; None where it has done nothing."""
+    """The last report of this thread and model; None if there is none."""
     reports: WeakKeyDictionary[Any, SpeculationReport] | None = getattr(_OF_THREAD, "reports", None)
     return None if reports is None else reports.get(model)
