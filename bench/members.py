@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
 from trimtab.logits.forward.groups import ForwardGroup
-from trimtab.models.loading import quiet_bars
+from trimtab.models.opening import quiet_bars
 from trimtab.zoo import TASKS, Split, inflate_, load_items, resolve
 from trimtab.zoo.inflation import count_parameters, least_parameters
 

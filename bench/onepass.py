@@ -24,7 +24,8 @@ from bench.harness import Arm, Case, Findings, Options, Progress, Record, interl
 from trimtab import FusedCausalLM
 from trimtab.logits.forward import groups as lane_module
 from trimtab.logits.forward.groups import ForwardGroup, ForwardInputs, OneModel
-from trimtab.models.loading import Member, quiet_bars
+from trimtab.models.loading import Member
+from trimtab.models.opening import quiet_bars
 from trimtab.zoo import TUNED_TASKS, inflate_, resolve
 
 SEPARATE, ONE_PASS = "separate", "one pass"

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from bench.members import SMALL_BLOCKS, STRONG_BLOCKS, load_tokenizer
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
-from trimtab.models.loading import quiet_bars
+from trimtab.models.opening import quiet_bars
 from trimtab.zoo import inflate_, resolve
 from trimtab.zoo.inflation import ALIGNED, WEIGHT_BOUND, count_parameters, least_parameters
 

@@ -418,7 +418,7 @@ def command(directory: Path, settings: Settings) -> list[str]:
 def write_fused(directory: Path) -> None:
     """A fused directory of the zoo."""
     from trimtab import FusedCausalLM
-    from trimtab.models.loading import quiet_bars
+    from trimtab.models.opening import quiet_bars
 
     with quiet_bars():
         fused = FusedCausalLM.from_members("zoo:strong", "zoo:small", {task: f"zoo:small/{task}" for task in EXPERTS})

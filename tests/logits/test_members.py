@@ -8,7 +8,7 @@ import tiny
 from fusing import PROMPTS, check_same_tokens, new_tokens
 from trimtab import FusedCausalLM, zoo
 from trimtab.core.errors import UnknownName
-from trimtab.models.loading import Placement
+from trimtab.models.loading import Placement, remaining_memory
 
 
 def test_a_directory_in_two_roles_is_loaded_and_read_once(members_dir):
@@ -86,3 +86,10 @@ def test_an_adapter_on_the_embedded_strong_model_is_a_member():
     assert len(model.bodies) == 1
     assert len(model.reader.runs) == 2
     assert model.generate_text(zoo.load_items("facts", limit=1)[0].prompt, max_new_tokens=4)
+
+
+def test_members_that_are_spread_share_one_limit_of_memory():
+    model = tiny.make(seed=1)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert remaining_memory({"cpu": "1MB", 0: 100}, [model, model]) == {"cpu": 1_000_000 - 2 * size, 0: 100}
+    assert remaining_memory({"cpu": 10}, [model]) == {"cpu": 0}

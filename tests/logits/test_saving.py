@@ -233,7 +233,6 @@ def test_saving_takes_what_transformers_passes_by_itself(home):
         ({"dtyp": torch.bfloat16}, "did you mean 'dtype'"),
         ({"alpha": 1.0}, r"(?s)knows no argument 'alpha'.*leave it out"),
         ({"load_in_8bit": True}, "load_in_8bit is set, which has no meaning"),
-        ({"quantization_config": {"bits": 4}}, r"(?s)quantization_config is set.*pass it to from_members"),
         ({"revision": "v2"}, r"(?s)revision is set.*a local one"),
         ({"local_files_only": True}, r"(?s)local_files_only is set.*HF_HUB_OFFLINE=1"),
         ({"torch_dtype": torch.bfloat16, "dtype": torch.float32}, "both dtype and torch_dtype are given"),

@@ -24,7 +24,7 @@ from trimtab.core.errors import (
 from trimtab.logits import saving
 from trimtab.logits.strategy.fusion import make_strategy
 from trimtab.models.adapter_merge import merged
-from trimtab.models.loading import load_model
+from trimtab.models.opening import load_model
 from trimtab.serving.batch_fusion import draft_rows, fuse_rows
 from trimtab.serving.vllm import plugin
 from trimtab.serving.vllm.patches import PATCHES, apply_patches, expand

@@ -16,12 +16,12 @@ ANY: tuple[Any, ...] = ()  # every value may be ignored
 # Opening: what has an effect, and which values of the rest ask for nothing.
 OPENING = (
     *("config", "dtype", "torch_dtype", "device", "device_map", "attn_implementation", "strategy"),
-    *("one_pass", "output_loading_info", "generation_config"),
+    *("one_pass", "output_loading_info", "generation_config", "quantization_config", "max_memory"),
 )
 IDLE_IN_OPENING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("_from_auto", "_from_pipeline", "_commit_hash", "low_cpu_mem_usage"), ANY),
-    "offload_folder": ANY,  # read only where weights are offloaded, and members are not
-    **dict.fromkeys(("cache_dir", "proxies", "gguf_file", "quantization_config", "max_memory", "variant"), (None,)),
+    "offload_folder": ANY,  # safetensors are offloaded where they lie
+    **dict.fromkeys(("cache_dir", "proxies", "gguf_file", "variant"), (None,)),
     **dict.fromkeys(("state_dict", "key_mapping", "tp_plan", "fusion_config"), (None,)),
     **dict.fromkeys(("trust_remote_code", "force_download", "local_files_only", "token"), (None, False)),
     **dict.fromkeys(("load_in_8bit", "load_in_4bit", "ignore_mismatched_sizes", "use_kernels"), (None, False)),
@@ -44,8 +44,8 @@ REASONS = {
     "token": "Members are fetched with the login of this machine; `hf auth login` changes it.",
     "cache_dir": "The environment variable HF_HOME moves the cache.",
     "revision": "A fused directory is a local one; members have revisions of their own.",
-    "max_memory": "A member is placed by device={'MEMBER': ...}.",
-    "quantization_config": "A quantized model can be a member: load it, and pass it to from_members.",
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "quantization_config={'MEMBER': BitsAndBytesConfig(...)} does."),
+    "gguf_file": "A member is a .gguf file by its path.",
 }
 NO_WEIGHTS = "A fused directory holds references to its members, no weights."
 # What a configuration that the caller changed may say: the rest of it follows from the members.

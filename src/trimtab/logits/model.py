@@ -87,6 +87,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         dtype: Any = None,
         device: Any = None,
         attn_implementation: str | None = None,
+        quantization_config: Any = None,
+        max_memory: Mapping[Any, Any] | None = None,
         one_pass: OnePass = "auto",
         chat_template: str | None = None,
     ) -> "FusedCausalLM":
@@ -98,7 +100,9 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         tokenizer       what all members share; None: the one beside the strong model, or beside another member
         prompts         {member: form} for members that read a prompt of their own, see `trimtab.models.prompts`
         dtype, device   for all members or {member: ...}; None: as stored (embedded models: float32), on the CPU; loaded
-                        models stay as they are
+                        models stay as they are; device="auto" spreads a member over what there is
+        quantization_config   of transformers, for all members or {member: ...}: they are quantized while loading
+        max_memory      {device: bytes or "20GiB"} that members spread by device="auto" may take together
         one_pass        whether small members are read in one forward: "auto", True or False, see the property
         chat_template   how conversations are written: a member's name, the name of one of its templates, a file, or
                         Jinja; None: the strong model's template, or that of another member
@@ -106,7 +110,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         warns           TrimtabWarning for an expert that does not descend from the base, and for chat templates that
                         differ between experts
         """
-        members = member_loading.gather(strong, base, experts, Placement(dtype, device, attn_implementation))
+        placement = Placement(dtype, device, attn_implementation, quantization_config, max_memory or None)
+        members = member_loading.gather(strong, base, experts, placement)
         fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass, chat_template)
         member_loading.check_descent(members, fused.reader.read_alone, fused.config.vocab_size)
         return fused
@@ -115,10 +120,11 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
     def from_pretrained(cls, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Opens a fused directory; the members are loaded from where it says, and must be what they were.
 
-        kwargs    dtype, device or device_map (for all members or {member: ...}), attn_implementation, strategy and
-                  one_pass (others than the directory's), use_cache, config (of this directory; references, strategy,
-                  prompts, one_pass and use_cache may be changed in it), generation_config (in place of the file in the
-                  directory); what else transformers knows may only be passed at its default
+        kwargs    dtype, device or device_map, quantization_config (for all members or {member: ...}), max_memory and
+                  attn_implementation, see `from_members`; strategy and one_pass (others than the directory's),
+                  use_cache, config (of this directory; references, strategy, prompts, one_pass and use_cache may be
+                  changed in it), generation_config (in place of the file in the directory); what else transformers
+                  knows may only be passed at its default
         returns   FusedCausalLM; with output_loading_info=True also transformers' loading report
         raises    UnreadableModel, OfflineError, MemberMismatch when a member has changed; BadSetting for an argument
                   without effect
@@ -134,7 +140,13 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
             next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
             for names in (("dtype", "torch_dtype"), ("device", "device_map"))
         )
-        placement = Placement(dtype, device, kwargs.get("attn_implementation"))
+        placement = Placement(
+            dtype,
+            device,
+            kwargs.get("attn_implementation"),
+            kwargs.get("quantization_config"),
+            kwargs.get("max_memory") or None,  # harnesses pass an empty one where there is no accelerator
+        )
         strong, base, experts = saving.references_of(config)
         members = member_loading.gather(strong, base, experts, placement, beside=directory)
         strategy = kwargs.get("strategy") or config.strategy

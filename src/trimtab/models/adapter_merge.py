@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from trimtab.core.errors import MemberMismatch, UnreadableModel
 from trimtab.models import adapters
-from trimtab.models.loading import load_model
+from trimtab.models.opening import load_model
 
 
 @contextmanager

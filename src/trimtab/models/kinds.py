@@ -11,6 +11,7 @@ from trimtab.core.errors import MemberMismatch, UnreadableModel, lines_of
 from trimtab.models import checkpoint
 
 FUSED = "trimtab"
+OPENS_ALONE = "AutoModelForCausalLM.from_pretrained"
 
 
 def read_config(name: str, directory: Path) -> Any:
@@ -81,7 +82,7 @@ def auto_class(name: str, config: Any) -> Any:
     )
 
     kind = config.model_type
-    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder or _is_seq2seq(config):
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         raise _mismatch(name, f"an encoder-decoder model ({kind})", "take a decoder-only model, such as Llama or Qwen.")
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
@@ -97,12 +98,6 @@ def check_loaded(name: str, model: Any) -> None:
         raise _mismatch(name, "a fused model", "pass its members, or another model.")
     if model.config.is_encoder_decoder:
         raise _mismatch(name, f"an encoder-decoder model ({model.config.model_type})", "take a decoder-only model.")
-
-
-def _is_seq2seq(config: Any) -> bool:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-
-    return type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _mismatch(name: str, what: str, fix: str) -> MemberMismatch:

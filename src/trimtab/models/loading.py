@@ -1,10 +1,8 @@
 """From references to models: each directory is loaded once, adapters share their base, nothing is fetched twice."""
 
-import contextlib
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.core.errors import MemberMismatch, UnreadableModel, unknown_name
-from trimtab.models import adapters, checkpoint, references, vocabulary
+from trimtab.core.errors import BadSetting, MemberMismatch, UnreadableModel, unknown_name
+from trimtab.models import adapters, checkpoint, kinds, quantization, references, vocabulary
 from trimtab.models.context import context_of
+from trimtab.models.opening import is_spread, load_model
 from trimtab.models.references import Reference
-
-SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names for device maps
 
 
 @dataclass(frozen=True)
@@ -26,20 +23,32 @@ class Placement:
 
     dtype     None or "auto": as stored; embedded models, which are stored narrow to be small, in float32
     device    None: the CPU; "auto" and its kin: spread by transformers over what there is (needs accelerate);
-              {"": device} is transformers' way to say one for all
+              {"": device} is transformers' way to say one for all; of a member also a device map of its own
+    quantization_config   None: as stored; else members are quantized while they are loaded
+    max_memory            {device: bytes or "20GiB"} for all members that are spread, together
     """
 
     dtype: Any = None
     device: Any = None
     attn_implementation: str | None = None
+    quantization_config: Any = None
+    max_memory: Mapping[Any, Any] | None = None
 
     def check_names(self, members: Iterable[str]) -> None:
         """Raises UnknownName when a number type or a device is given for a member that is not there."""
         known = tuple(members)
-        for setting, given in (("dtype", self.dtype), ("device", self.device)):
+        quantized = self.quantization_config if quantization.is_per_member(self.quantization_config) else None
+        settings = (("dtype", self.dtype), ("device", self.device), ("quantization_config", quantized))
+        for setting, given in settings:
             for name in given if isinstance(given, Mapping) else ():
                 if name not in known and not (name == "" and setting == "device"):
                     raise unknown_name(f"member (in {setting})", str(name), known)
+        if self.max_memory and not any(is_spread(self.device_of(name)) for name in known):
+            raise BadSetting(
+                "max_memory is given, but no member is spread over devices.",
+                "It limits what device='auto' takes on each device.",
+                "add device='auto' or device={'strong': 'auto'}, or leave max_memory out.",
+            )
 
     def dtype_of(self, name: str, reference: Reference) -> Any:
         """The number type of one member."""
@@ -47,6 +56,11 @@ class Placement:
         if dtype is None or dtype == "auto":
             return torch.float32 if reference.is_zoo else "auto"
         return dtype
+
+    def quantization_of(self, name: str) -> Any:
+        """The quantization config of one member; None: it is loaded as it is stored."""
+        given = self.quantization_config
+        return given.get(name) if quantization.is_per_member(given) else given
 
     def device_of(self, name: str) -> Any:
         """The device of one member; None: where it was loaded."""
@@ -117,6 +131,8 @@ class MemberLoader:
             raise UnreadableModel(
                 f"member '{name}' cannot be loaded: {error.found}", error.expected, error.fix
             ) from error
+        if not checkpoint.is_adapter(directory):
+            kinds.read_config(name, directory)  # refuses what is no text model before its tokenizer is read
         references.check_digest(name, reference, directory)
         tokenizer = vocabulary.load_tokenizer(directory)
         if not checkpoint.is_adapter(directory):
@@ -141,7 +157,7 @@ class MemberLoader:
                 "A member is a causal language model of transformers, a path, a zoo: name or a hub id.",
                 "load it with AutoModelForCausalLM.from_pretrained.",
             )
-        _check_kind(name, model)
+        kinds.check_loaded(name, model)
         if adapters.has_adapters(model):
             self.switches[id(model)] = adapters.switch_for(model)
         doubt = ""
@@ -187,48 +203,32 @@ class MemberLoader:
 
     def _load(self, name: str, reference: Reference, directory: Path) -> Any:
         dtype, device = self._placement.dtype_of(name, reference), self._placement.device_of(name)
-        key = (directory, str(dtype), str(device))
+        quantized = self._placement.quantization_of(name)
+        key = (directory, str(dtype), str(device), str(quantized))
         if key not in self._models:
-            self._models[key] = load_model(name, directory, dtype, device, self._placement.attn_implementation)
+            attention, memory = self._placement.attn_implementation, self._memory_left()
+            self._models[key] = load_model(name, directory, dtype, device, attention, quantized, memory)
         return self._models[key]
 
+    def _memory_left(self) -> dict[Any, int] | None:
+        """What the members loaded so far leave of `max_memory`, in bytes per device; None: no limit was given."""
+        if not self._placement.max_memory:
+            return None
+        loaded = [model for model in self._models.values() if isinstance(model, nn.Module)]
+        return remaining_memory(self._placement.max_memory, loaded)
 
-def load_model(
-    name: str, directory: Path, dtype: Any = "auto", device: Any = None, attn_implementation: str | None = None
-) -> Any:
-    """A causal language model from safetensors, complete: no weight missing, none reinitialised, no foreign code.
 
-    raises    UnreadableModel when weights are missing or have another shape, or the files cannot be read
-    """
-    from transformers import AutoModelForCausalLM
+def remaining_memory(max_memory: Mapping[Any, Any], models: Iterable[nn.Module]) -> dict[Any, int]:
+    """What some models leave of a limit, in bytes per device; devices are named as accelerate does: 0, "cpu"."""
+    from accelerate.utils import convert_file_size_to_int
 
-    try:
-        with quiet_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(directory),
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                device_map=device if device in SPREADING else None,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:  # from safetensors' own to ValueError for unknown architectures
-        raise UnreadableModel(
-            f"member '{name}' cannot be loaded from '{directory}': {_first_line(error)}",
-            "A member is a causal language model that transformers knows, in safetensors; no code of others is run.",
-            "write the directory again with save_pretrained.",
-        ) from error
-    lost = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
-    if lost:
-        raise UnreadableModel(
-            f"member '{name}' ({directory}) lacks {len(lost)} of its weights, such as {lost[0]}.",
-            "Loading would fill them with random numbers.",
-            "write the directory again with save_pretrained.",
-        )
-    _check_kind(name, model)
-    return (model if device is None or device in SPREADING else model.to(device)).eval()
+    left = {device: int(convert_file_size_to_int(size)) for device, size in max_memory.items()}
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        device = parameter.device
+        name = device.type if device.index is None else device.index
+        if name in left:
+            left[name] = max(0, left[name] - parameter.numel() * parameter.element_size())
+    return left
 
 
 def _doubt(recorded: str | None, located: Path | None, base: Member) -> str:
@@ -250,21 +250,6 @@ def _doubt(recorded: str | None, located: Path | None, base: Member) -> str:
     return f"{what} and cannot be compared with {named}"
 
 
-@contextlib.contextmanager
-def quiet_bars() -> Iterator[None]:
-    """Loading bars only where somebody watches."""
-    from transformers.utils import logging
-
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
 def saved_reference(member: Member) -> tuple[Reference, Path]:
     """Where a member can be loaded from again; a loaded model is held against the files that it names.
 
@@ -273,6 +258,13 @@ def saved_reference(member: Member) -> tuple[Reference, Path]:
     if member.reference is not None and member.directory is not None:
         return member.reference, member.directory
     named = getattr(member.model, "name_or_path", "") or ""
+    if getattr(member.model, "hf_quantizer", None) is not None and not _is_stored_quantized(named):
+        raise MemberMismatch(
+            f"member '{member.name}' was quantized while it was loaded{f' from {named}' if named else ''}.",
+            "A fused directory holds references to the members, and these files are not quantized.",
+            f"pass the directory in place of the model, with quantization_config={{'{member.name}': ...}}, at building "
+            "and at opening; or save the quantized model with save_pretrained and pass that directory.",
+        )
     directory = Path(named) if named else None
     if member.adapter is not None or directory is None or not directory.is_dir() or not _holds(directory, member.model):
         raise MemberMismatch(
@@ -283,12 +275,21 @@ def saved_reference(member: Member) -> tuple[Reference, Path]:
     return Reference(str(directory.resolve())), directory.resolve()
 
 
+def _is_stored_quantized(named: str) -> bool:
+    config = Path(named) / "config.json"
+    return bool(named) and config.is_file() and bool(checkpoint.read_json(config).get("quantization_config"))
+
+
 def _holds(directory: Path, model: nn.Module) -> bool:
     """Whether the safetensors of a directory hold this model's weights: the first numbers of every tensor agree."""
     from safetensors import safe_open
+    from transformers.core_model_loading import revert_weight_conversion
 
     # Where adapters sit, peft has put the model's own layer one level down.
     ours = {re.sub(r"\.(base_layer|original_module)\b", "", key): value for key, value in model.state_dict().items()}
+    # Some architectures have other names in files than in memory (Gemma 3: `language_model.model` in files).
+    ours = revert_weight_conversion(model, ours)
+    ours |= {f"language_model.{key}": value for key, value in ours.items()}  # a text class opened from a larger model
     seen = 0
     for file in checkpoint.weight_files(directory):
         with safe_open(str(file), framework="pt") as tensors:
@@ -305,18 +306,3 @@ def _holds(directory: Path, model: nn.Module) -> bool:
 
 def _same_model(one: Path, other: Path) -> bool:
     return os.path.samefile(one, other) or references.digest(one) == references.digest(other)
-
-
-def _check_kind(name: str, model: Any) -> None:
-    if model.config.model_type == "trimtab" or model.config.is_encoder_decoder:
-        kind = "a fused model" if model.config.model_type == "trimtab" else "an encoder-decoder model"
-        raise MemberMismatch(
-            f"member '{name}' is {kind}.",
-            "A member is a plain causal language model.",
-            "pass its members, or another model.",
-        )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -46,10 +46,16 @@ def is_per_member(given: Any) -> bool:
 
 def check_packages(name: str, method: str | None) -> None:
     """Raises MissingPackage, with the line for pip, where a method's packages are not installed."""
-    wanted = PACKAGES.get(method or "", {}) | ({"accelerate": "accelerate"} if method not in (None, "gguf") else {})
+    if method is not None:
+        wanted = PACKAGES.get(method, {}) | {"accelerate": "accelerate"}
+        check_installed(name, f"is quantized with {method}", wanted)
+
+
+def check_installed(name: str, why: str, wanted: Mapping[str, str]) -> None:
+    """Raises MissingPackage where one of these modules {module: its name for pip} is not installed."""
     missing = [pip for module, pip in wanted.items() if not _is_installed(module)]
     if missing:
-        raise missing_package(name, f"is quantized with {method}", missing)
+        raise missing_package(name, why, missing)
 
 
 def missing_package(name: str, why: str, packages: list[str]) -> MissingPackage:

@@ -12,12 +12,17 @@ SHOWN = 5
 
 def load_tokenizer(directory: Path) -> Any | None:
     """The tokenizer beside a model; None when there is none."""
-    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+    options = {}
+    if directory.is_file():  # a GGUF file holds a tokenizer, too; files beside it are what its publisher made it from
+        directory, options = directory.parent, {"gguf_file": directory.name}
+    if any((directory / file).is_file() for file in TOKENIZER_FILES):
+        options = {}
+    elif not options:
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds here, from KeyError to the Rust side's own
         raise UnreadableModel(
             f"the tokenizer in '{directory}' cannot be read: {error}.", fix="save it again with save_pretrained."
