@@ -2,11 +2,15 @@
 
 import importlib
 import re
-import sys
+import shlex
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+
+from trimtab.cli.parser import command_parser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -74,6 +78,23 @@ def test_modules_that_are_named_exist(page: Path) -> None:
         assert (ROOT / "src" / "trimtab" / file).is_file(), f"{name_of(page)}: {file}"
 
 
+def commands(text: str) -> list[str]:
+    """Lines of code that call trimtab."""
+    return re.findall(r"^trimtab (\S.*)$", "\n".join(FENCE.findall(text)), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=name_of)
+def test_printed_commands_are_understood(page: Path) -> None:
+    for line in commands(page.read_text(encoding="utf-8")):
+        name, *words = shlex.split(line, comments=True)
+        command_parser(name).parse_all(words)
+
+
+def test_the_readme_prints_commands() -> None:
+    names = {line.split()[0] for line in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert {"fuse", "generate", "chat", "explain", "serve", "batch"} <= names
+
+
 def entries(nav: object) -> list[str]:
     """Files of a navigation, in their order."""
     if isinstance(nav, str):
@@ -82,12 +103,15 @@ def entries(nav: object) -> list[str]:
     return [file for part in parts for file in entries(part)]  # type: ignore[attr-defined]
 
 
-def test_the_site_names_every_page_once() -> None:
-    sys.path.insert(0, str(DOCS))
-    try:
-        hooks = importlib.import_module("hooks")
-    finally:
-        sys.path.remove(str(DOCS))
+@pytest.fixture
+def from_docs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module that the site is built with."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module
+
+
+def test_the_site_names_every_page_once(from_docs: Callable[[str], ModuleType]) -> None:
+    hooks = from_docs("hooks")
     own = [str(page.relative_to(DOCS)) for page in PAGES if page.is_relative_to(DOCS)]
     named = entries(SITE["nav"])
     assert sorted(named) == sorted([*own, *hooks.PAGES.values()])
@@ -97,6 +121,27 @@ def test_the_site_names_every_page_once() -> None:
     assert hooks.site_link("../bench/results/decode.png", "docs/performance-points.md") == "bench/results/decode.png"
     assert hooks.site_link("../strategies.md", "docs/api/strategies.md") == "../strategies.md"
     assert hooks.site_link("https://docs.vllm.ai", "docs/serving.md") == "https://docs.vllm.ai"
+
+
+def test_tables_of_docstrings_become_tables(from_docs: Callable[[str], ModuleType]) -> None:
+    as_markdown = from_docs("docstring_tables").as_markdown
+    text = """The promise.
+
+        strong, base  [batch, vocab]  log-probabilities,
+                                      float32 | wider
+        experts       [expert, batch, vocab]
+        raises        BadSetting
+
+        One more
+        sentence."""
+    assert as_markdown(text).split("\n\n") == [
+        "The promise.",
+        "| | shape | |\n|---|---|---|\n"
+        "| `strong`, `base` | `[batch, vocab]` | log-probabilities, float32 \\| wider |\n"
+        "| `experts` | `[expert, batch, vocab]` |  |\n"
+        "| raises |  | BadSetting |",
+        "One more\nsentence.",
+    ]
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=name_of)

@@ -15,7 +15,7 @@ class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
     speculate               "auto", 0 or the number of tokens that a draft has; speculate_draft: who drafts
     one_pass                "auto", True or False: whether small members are read in one forward
     vocab_size              tokens that are fused: the tokenizer's, without padding rows
-    max_position_embeddings tokens that the member of the shortest context can read; None: nobody sets a limit
+    max_position_embeddings  tokens that the member of the shortest context can read; None: nobody sets a limit
     """
 
     model_type = "trimtab"
