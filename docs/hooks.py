@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A file of the repository -> the page that it becomes.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 PICTURES = "bench/results"
+REMOTE = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
@@ -33,6 +34,20 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if page.file.src_uri in PAGES.values():
         return markdown
     return with_site_links(markdown, f"docs/{page.file.src_uri}")
+
+
+def on_post_page(output: str, page: Any, config: Any) -> None:
+    """Fails the build if a page would load anything from the network."""
+    from mkdocs.exceptions import PluginError
+
+    found = remote_parts(output)
+    if found:
+        raise PluginError(f"{page.file.src_uri} loads from the network: {found[0]}")
+
+
+def remote_parts(html: str) -> list[str]:
+    """Scripts, pictures, styles and frames that a browser would fetch from elsewhere when it shows a page."""
+    return REMOTE.findall(html)
 
 
 def with_site_links(text: str, source: str) -> str:

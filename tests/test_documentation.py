@@ -164,7 +164,10 @@ def test_the_readme_opens_with_commands_picture_and_a_small_table() -> None:
     assert 4 <= len(table) - 2 <= 6  # without heads and rule
 
 
-def test_nothing_of_the_site_comes_from_the_network() -> None:
-    theme = SITE["theme"]
-    assert theme["font"] is False
-    assert not any("://" in str(file) for kind in ("extra_css", "extra_javascript") for file in SITE.get(kind, []))
+def test_a_page_that_loads_from_the_network_is_seen(from_docs: Callable[[str], ModuleType]) -> None:
+    remote_parts = from_docs("hooks").remote_parts
+    assert remote_parts('<script src="https://unpkg.com/shim"></script><link href="//fonts.example">') == [
+        '<script src="https://unpkg.com/shim">',
+        '<link href="//fonts.example">',
+    ]
+    assert remote_parts('<a href="https://docs.vllm.ai">vLLM</a><img src="results.png"><script src=../a.js>') == []
