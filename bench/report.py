@@ -14,7 +14,7 @@ from bench.decode import CENTRE
 from bench.harness import Case, figures, listed, ratios, spread
 from trimtab.core.errors import InputError
 from trimtab.core.files import write_whole
-from trimtab.measure.results import replace_between_markers
+from trimtab.measure.pages import replace_between_markers
 
 ORDER = ("decode", "solve", "memory", "onepass", "drafters")
 README_BENCH = "decode"  # the README shows the targets of speed; the page has all

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jaxtyping
+import pytest
 
 jaxtyping.install_import_hook("trimtab", "beartype.beartype")
 
@@ -24,3 +25,12 @@ def pytest_runtest_setup(item) -> None:
     _cases[name] += 1
     is_compared = _cases[name] <= COMPARED_CASES or os.environ.get("TRIMTAB_COMPARE_ALL_SHAPES") == "1"
     jaxtyping.config.update("jaxtyping_disable", not is_compared)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real headless Chromium for the tests that open pages; playwright allows one per process."""
+    from browsing import open_browser
+
+    with open_browser() as opened:
+        yield opened

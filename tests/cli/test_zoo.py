@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trimtab import zoo
-from trimtab.measure.regime import TaskRegime, as_markdown
+from trimtab.studies.regime.criteria import TaskRegime, as_markdown
 
 
 @pytest.fixture
@@ -84,13 +84,13 @@ def test_check_counts_the_items_of_each_task_and_judges_every_demand(run, tmp_pa
 
 def test_check_fails_where_no_room_is_left(run, monkeypatch) -> None:
     """Every model at the ceiling: nothing can be transferred, and the command says in which pair."""
-    import trimtab.measure.regime
+    from trimtab.studies.regime import criteria
 
     def full(panel, task, items, is_tuned, few_shot=None, forced=None) -> TaskRegime:
         return TaskRegime(task.name, len(items), 0.0, 0.0, 0.0, 100.0, 100.0, 0.0, 0.0, 0.0, 100.0)
 
-    monkeypatch.setattr(trimtab.measure.regime, "task_regime", full)
-    monkeypatch.setattr("trimtab.cli.panel.load_alone", lambda name: FakeModel)
+    monkeypatch.setattr(criteria, "task_regime", full)
+    monkeypatch.setattr("trimtab.studies.models.load_alone", lambda name: FakeModel)
     ran = run("zoo", "check", "--items", "2")
     assert ran.code == 1
     assert "nothing to transfer in the far and the close pair" in ran.err

@@ -10,12 +10,14 @@ import torch
 
 from trimtab import FusedCausalLM, zoo
 from trimtab.cli.eval import evaluate
-from trimtab.cli.panel import load_panel, load_tokenizer, solved_examples
 from trimtab.logits.speculation.length import Costs
-from trimtab.measure import evaluation
-from trimtab.measure.results import END, START
+from trimtab.measure import evaluate as measuring
 from trimtab.measure.scores import ANSWER_METRICS
-from trimtab.measure.study import DEMO_MULTI, MULTI_STRATEGIES, SINGLE_STRATEGIES
+from trimtab.studies.dlf.conditions import MULTI, SINGLE, SLOW
+from trimtab.studies.dlf.page import END, START
+from trimtab.studies.models import load_models, load_tokenizer, solved_examples
+
+DEMO_MULTI = set(MULTI) - set(SLOW)
 
 NUM_ITEMS = 8
 
@@ -35,7 +37,7 @@ def document(folder) -> dict:
 
 
 def test_the_demo_has_every_column_of_every_task(document) -> None:
-    single = {"base", "expert", "strong", "latent", "ceiling", *SINGLE_STRATEGIES}
+    single = {"base", "expert", "strong", "latent", "ceiling", *SINGLE}
     assert list(document["single"]) == list(zoo.TUNED_TASKS)
     assert all(set(columns) == single for columns in document["single"].values())
     assert {"base", "strong", "mixed", "ceiling", *DEMO_MULTI} == set(document["multi"]) - {
@@ -91,8 +93,7 @@ def test_an_unknown_task_has_a_nearest_spelling(run) -> None:
 
 @pytest.fixture(scope="module")
 def fused():
-    panel = load_panel("far", ("facts",))
-    return panel.fuse(("facts",))
+    return load_models("far", ("facts",)).fuse(("facts",))
 
 
 @pytest.mark.parametrize("task", zoo.TASKS)
@@ -101,12 +102,12 @@ def test_the_harness_and_our_own_loop_agree_item_by_item(fused, task: str, tmp_p
     items = zoo.load_items(task, "test", limit=NUM_ITEMS, seed=1)
     kind = zoo.TASKS[task]
     if kind.kind == "generate":
-        prefixes = evaluation.read_prompts(fused, fused.tokenizer, [item.prompt for item in items], kind.max_new_tokens)
-        answers = evaluation.answer_prompts(fused, fused.tokenizer, prefixes, kind.max_new_tokens)
+        prefixes = measuring.read_prompts(fused, fused.tokenizer, [item.prompt for item in items], kind.max_new_tokens)
+        answers = measuring.answer_prompts(fused, fused.tokenizer, prefixes, kind.max_new_tokens)
         points = [ANSWER_METRICS[kind.metric](answer, item.target) for answer, item in zip(answers, items, strict=True)]
     else:
-        choices = evaluation.encode_choices(fused.tokenizer, items)
-        chosen = evaluation.choose(choices, evaluation.read_choices(fused, fused.tokenizer, choices))
+        choices = measuring.encode_choices(fused.tokenizer, items)
+        chosen = measuring.choose(choices, measuring.read_choices(fused, fused.tokenizer, choices))
         points = [float(place == item.label) for place, item in zip(chosen, items, strict=True)]
     metric = "acc" if kind.kind == "choose" else kind.metric
     assert found["items"] == NUM_ITEMS
@@ -229,7 +230,7 @@ def test_results_are_written_from_all_distinct_items_and_reach_the_readme(run, t
     assert [draw["seed"] for draw in found["far"]["draws"]] == [0, 1]
     assert 3 <= found["far"]["pooled"]["num_items"]["facts"] <= 6
     text = page.read_text()
-    assert set(MULTI_STRATEGIES) <= set(found["far"]["pooled"]["multi"])
+    assert set(MULTI) <= set(found["far"]["pooled"]["multi"])
     assert "| DLF, solved exactly |" in text
     assert "95% bootstrap intervals" in text
     for table in ("single", "multi"):
@@ -242,7 +243,7 @@ def test_results_are_written_from_all_distinct_items_and_reach_the_readme(run, t
     readme.write_text(f"# x\n{START}\nold\n{END}\ny\n")
     assert run("results", "-o", page, "--update-readme", readme).code == 0
     assert "old" not in readme.read_text()
-    assert "the paper's rule" in readme.read_text()
+    assert "Dynamic Logits Fusion" in readme.read_text()
     assert readme.read_text().startswith("# x\n")
     assert readme.read_text().endswith("y\n")
     readme.write_text("no markers")

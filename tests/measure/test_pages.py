@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from trimtab.measure import pages, plots
 from trimtab.measure.explain_page import explain_page, speaker_of
@@ -84,8 +85,8 @@ def test_hovering_a_token_shows_its_values(opened) -> None:
 def test_every_value_can_be_read_from_the_tokens_themselves(opened) -> None:
     trace = make_trace()
     page = opened(trace)
-    for place, step in enumerate(trace["steps"]):
-        token = page.locator(f".token[data-step='{place}']")
+    for index, step in enumerate(trace["steps"]):
+        token = page.locator(f".token[data-step='{index}']")
         assert int(token.get_attribute("data-token-id")) == step["token_id"]
         assert token.get_attribute("data-expert") == (speaker_of(step) or "")
         assert json.loads(token.get_attribute("data-alphas")) == step["alpha"]
@@ -158,17 +159,17 @@ def test_a_page_is_alone_in_the_world() -> None:
     assert "http://" not in page
     assert "https://" not in page
     assert "{{" not in page
+    assert "{%" not in page
 
 
-def test_parts_are_filled_once() -> None:
-    assert "{{logo}}" in pages.fill("explain.html", **dict.fromkeys(_parts(), ""), prompt="{{logo}}")
+def test_texts_that_look_like_templates_are_shown_as_texts() -> None:
+    page = explain_page(make_trace(prompt="{{ title }}{% raw %}\nA:"))
+    assert "{{ title }}{% raw %}\nA:" in page
 
 
-def _parts() -> list[str]:
-    import re
-
-    found = set(re.findall(r"\{\{(\w+)\}\}", pages.template("explain.html")))
-    return sorted(found - {"style", "logo", "prompt"})
+def test_a_name_that_a_template_lacks_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="'heading' is undefined"):
+        pages.render("base.html", title="x", motto="y")
 
 
 @pytest.mark.parametrize("has_alpha", [True, False])

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab import zoo
-from trimtab.cli.panel import load_alone
+from trimtab.studies.models import load_alone
 from trimtab.zoo.store import check_files
 
 MODELS = list(zoo.read_manifest()["models"])

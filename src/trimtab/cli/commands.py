@@ -46,6 +46,7 @@ COMMANDS: dict[str, Line] = {
     "list": Line("trimtab.cli.list", "List the strategies: amounts and choosers."),
     "show": Line("trimtab.cli.show", "Describe one strategy: settings, units, ranges, source, example."),
     "zoo": Line("trimtab.cli.zoo", "The embedded models and tasks: what is there, and how to build it again."),
+    "study": Line("trimtab.cli.study", "Run a study on the zoo: its tables, intervals, pictures and page."),
     "results": Line("trimtab.cli.results", "Measure everything and write docs/results.md."),
 }
 

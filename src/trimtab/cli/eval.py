@@ -75,7 +75,7 @@ def prepare_harness(is_debugging: bool) -> None:
 def write_zoo_tasks(folder: Path, names: Sequence[str], limit: int | None, seed: int) -> dict[str, str]:
     """The task files of those names that are the zoo's; returns name -> the harness's name."""
     from trimtab import zoo
-    from trimtab.measure.harness import PREFIX, write_tasks
+    from trimtab.measure.lm_eval_export import PREFIX, write_tasks
 
     short = {name: name.removeprefix(PREFIX) for name in names}
     mine = {name: task for name, task in short.items() if task in zoo.TASKS}
@@ -135,8 +135,7 @@ def evaluate(
 def _metrics(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     import torch
 
-    from trimtab.measure.gaps import measured
-    from trimtab.measure.intervals import resample
+    from trimtab.measure.statistics import measured, resample
 
     metrics: dict[str, Any] = {}
     for key, value in values.items():
@@ -149,7 +148,7 @@ def _metrics(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], se
         if per_item and all(isinstance(point, (int, float)) and 0 <= point <= 1 for point in per_item):
             points = 100.0 * torch.tensor([float(point) for point in per_item if point is not None])
             generator = torch.Generator().manual_seed(seed)
-            where = measured(resample({"model": {"task": points}}, generator).means["model"]["task"]).interval
+            where = measured(resample({"model": {"task": points}}, generator)["model"]["task"]).interval
             span = [round(where.low, 4), round(where.high, 4)] if where else None
             metrics[shown] = {"score": round(100.0 * value, 4), "interval": span}
     return {"items": len(samples) or None, "metrics": metrics}

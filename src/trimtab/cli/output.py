@@ -3,24 +3,14 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import InputError
 from trimtab.measure.pages import finite
-
-PACKAGES = ("trimtab", "torch", "transformers", "peft")
-
-
-def versions(*more: str) -> dict[str, str]:
-    """Versions of what a result depends on, read without importing any of it."""
-    found = {}
-    for package in (*PACKAGES, *more):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+from trimtab.measure.stamps import versions
 
 
 def document(
@@ -28,6 +18,15 @@ def document(
 ) -> dict[str, Any]:
     """The one JSON document of a command."""
     return {"result": result, "settings": dict(settings or {}), "seed": seed, "versions": versions(*more_packages)}
+
+
+def add_common(parser: ArgumentParser) -> None:
+    """What every command has."""
+    taken = parser._option_string_actions
+    if "--json" not in taken:
+        parser.add_argument("--json", action="store_true", help="print one JSON document: result, settings, versions")
+    if "--debug" not in taken:
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def emit(as_json: bool, content: Mapping[str, Any], show: Callable[[], None]) -> None:
@@ -45,6 +44,17 @@ def console() -> Any:
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
 
 
+def show(parts: Sequence[Any]) -> None:
+    """Tables and lines of text, in order."""
+    from trimtab.measure.tables import Grid, terminal
+
+    for part in parts:
+        if isinstance(part, Grid):
+            console().print(terminal(part))
+        else:
+            print(part)
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, only on a terminal: call with what is being done, how much is done, and how much there is."""
@@ -58,6 +68,11 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("", total=None)
         yield lambda text, done, total: bars.update(bar, description=text, completed=done, total=total)
+
+
+def claim(path: Path, force: bool) -> Path:
+    """A file that may be written, where the path ends as pages and their data do; else a folder."""
+    return (claim_file if path.suffix in (".md", ".html", ".json") else claim_folder)(path, force)
 
 
 def claim_file(path: Path, force: bool) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from trimtab.cli import output
 from trimtab.cli.commands import COMMANDS, Command, load_command
 from trimtab.core.errors import InputError
 
@@ -73,17 +74,8 @@ def command_parser(name: str, command: Command | None = None) -> Parser:
     parser = Parser(prog=f"trimtab {name}", description=description)
     parser.passes_on = getattr(command, "PASSES_ON", False)
     command.add_arguments(parser)
-    add_common(parser)
+    output.add_common(parser)
     return parser
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every command has."""
-    taken = parser._option_string_actions
-    if "--json" not in taken:
-        parser.add_argument("--json", action="store_true", help="print one JSON document: result, settings, versions")
-    if "--debug" not in taken:
-        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def top_help() -> str:

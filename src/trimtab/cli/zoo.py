@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli import options, output
+from trimtab.cli import output
+from trimtab.cli.study import run_study
 from trimtab.core.errors import TrimtabError
-from trimtab.core.files import write_whole
+from trimtab.studies.regime.study import add_arguments as add_regime_arguments
 
 EXAMPLE = "trimtab zoo info"
-VALIDATION_ITEMS = 240
 
 # Read by glibc when a process starts. Without them training loses half of its time to page faults.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -24,15 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="info|check|build")
     info = actions.add_parser("info", help="what is there, with sizes and checksums")
     regime = actions.add_parser("check", help="whether there is anything to transfer, on validation items")
-    regime.add_argument(
-        "--items",
-        type=options.positive,
-        default=VALIDATION_ITEMS,
-        metavar="N",
-        help="validation items per task at most",
-    )
-    regime.add_argument("-o", "--output", type=Path, metavar="MD", help="also write the table as Markdown")
-    regime.add_argument("--force", action="store_true", help="overwrite what is there")
+    add_regime_arguments(regime)
     build = actions.add_parser(
         "build", help="make world, tasks and models again from seeds; goes on where it was stopped"
     )
@@ -44,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="a tiny zoo in about a minute: to see that it works, not to measure"
     )
     for action in (info, regime, build):
-        action.add_argument("--json", action="store_true", help="print one JSON document: result, settings, versions")
-        action.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        output.add_common(action)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,49 +45,9 @@ def run(args: argparse.Namespace) -> None:
         output.emit(args.json, output.document(result), lambda: show(result))
         refuse_damage(result["damaged"])
     elif args.action == "check":
-        check(args)
+        run_study("regime", args)
     else:
         build(args)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Every model of both pairs alone, on validation items; fails where no room is left above the experts."""
-    from dataclasses import asdict
-
-    from trimtab import zoo
-    from trimtab.cli.panel import load_panel, solved_examples
-    from trimtab.measure.regime import TaskRegime, as_markdown, criteria, is_transferable, task_regime
-
-    target = output.claim_file(args.output, args.force) if args.output else None
-    items = {task: zoo.load_items(task, "validation", limit=args.items) for task in zoo.TASKS}
-    forced = {task: zoo.in_own_style(task, chosen) for task, chosen in items.items()}
-    found: dict[str, list[TaskRegime]] = {}
-    with output.progress() as advance:
-        for pair in ("far", "close"):
-            panel = load_panel(pair, zoo.TUNED_TASKS)
-            shots = solved_examples(
-                panel.tokenizer, zoo.TASKS, items, panel.models["strong"].config.max_position_embeddings
-            )
-            found[pair] = []
-            for done, (name, task) in enumerate(zoo.TASKS.items()):
-                advance(f"{pair} pair: {name}", done, len(zoo.TASKS))
-                is_tuned = name in zoo.TUNED_TASKS
-                found[pair].append(task_regime(panel, task, items[name], is_tuned, shots.get(name), forced[name]))
-    text = as_markdown(found)
-    if target:
-        write_whole(target, text)
-    result = {
-        pair: {"tasks": [asdict(r) for r in regimes], "criteria": [asdict(c) for c in criteria(pair, regimes)]}
-        for pair, regimes in found.items()
-    }
-    counts = {task: len(chosen) for task, chosen in items.items()}
-    output.emit(args.json, output.document(result, {"items": counts}), lambda: print(text, end=""))
-    poor = [pair for pair, regimes in found.items() if not is_transferable(pair, regimes)]
-    if poor:
-        raise TrimtabError(
-            f"there is nothing to transfer in the {' and the '.join(poor)} pair.",
-            fix="change world, sizes or training.",
-        )
 
 
 def refuse_damage(damaged: list[str]) -> None:

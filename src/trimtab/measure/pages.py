@@ -1,34 +1,38 @@
-"""Self-contained HTML pages: templates filled once, everything escaped, nothing fetched from anywhere."""
+"""Self-contained HTML pages: jinja2 templates with autoescape, nothing fetched from anywhere; and parts of Markdown."""
 
-import html
+import base64
 import json
 import math
-import re
+from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-# A rudder with its trim tab turned against it.
-LOGO = (
-    '<svg viewBox="0 0 24 24" aria-hidden="true">'
-    '<path d="M5 2.5h6a2 2 0 0 1 2 2v15a2 2 0 0 1-2 2H8.5A3.5 3.5 0 0 1 5 18z" fill="var(--accent)" opacity=".35"/>'
-    '<path d="M13.6 11.2l6.9 3.1-2.2 6.6-4.7-.9z" fill="var(--accent)"/></svg>'
-)
+TEMPLATES = Path(str(files("trimtab.measure"))) / "templates"
 
 
-def template(name: str) -> str:
-    """The text of a template file."""
-    return (files("trimtab.measure") / "templates" / name).read_text(encoding="utf-8")
+@cache
+def _environment(folder: Path) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        autoescape=True,
+        loader=FileSystemLoader([folder, TEMPLATES]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"number": number, "image": image}
+    return made
 
 
-def fill(name: str, **parts: str) -> str:
-    """A template with every {{part}} replaced in one pass, so that nothing inside a part is replaced again."""
-    values = {"style": template("style.css"), "logo": LOGO, **parts}
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found.group(1)], template(name))
+def render(name: str, folder: Path = TEMPLATES, /, **parts: Any) -> str:
+    """A template filled; every part is escaped, in elements and in quoted attributes.
 
-
-def text(value: Any) -> str:
-    """Anything as text for HTML, in elements and in quoted attributes."""
-    return html.escape(str(value), quote=True)
+    folder    of the template and of those it extends, before the ones that all pages share
+    """
+    rendered: str = _environment(folder).get_template(name).render(parts)
+    return rendered
 
 
 def number(value: float | int | None, digits: int = 3) -> str:
@@ -38,11 +42,18 @@ def number(value: float | int | None, digits: int = 3) -> str:
     return "∞" if math.isinf(value) else f"{value:.{digits}f}"
 
 
-def json_script(content: Any) -> str:
+def image(file: Path) -> str:
+    """A PNG as the address of an <img>."""
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii")
+
+
+def json_script(content: Any) -> Any:
     """JSON that may stand inside a <script> element, whatever texts are in it; infinities become null."""
+    from markupsafe import Markup
+
     dumped = json.dumps(finite(content), ensure_ascii=False, allow_nan=False)
     escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-    return "".join(escapes.get(character, character) for character in dumped)
+    return Markup("".join(escapes.get(character, character) for character in dumped))
 
 
 def finite(content: Any) -> Any:
@@ -52,3 +63,11 @@ def finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def replace_between_markers(text: str, content: str, start: str, end: str) -> str:
+    """The text with `content` between two markers; raises ValueError where they are not there once each."""
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"expected {start} and then {end}, once each")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"

@@ -1,126 +1,153 @@
-"""The tables of a study as rows of text, for terminals, HTML and Markdown alike."""
+"""One type of table, rendered for terminals, Markdown and HTML; and the tables that every study has."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from trimtab.measure.verdict import name_of
+from trimtab.measure.comparison import Description, best_of
 
-REFERENCES = ("base", "expert", "mixed", "strong", "latent", "ceiling")
-Document = Mapping[str, Any]
+NONE = "–"
+Kind = Literal["", "first", "reference"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a condition is shown.
+
+    kind   "first" is the one that the study is about; a "reference" does not compete for the best figure
+    """
+
+    label: str
+    colour: str = "#5d6873"
+    kind: Kind = ""
+
+
+Looks = Mapping[str, Look]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure with its interval; the best strategy of a column is marked."""
+    """A figure with its interval; the best of a column is marked, and `after` follows the mark."""
 
     text: str
     interval: str = ""
     is_best: bool = False
+    after: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One column of the study, as a line of a table."""
+    """One line of a table; `key` finds it in a page."""
 
-    column: str
+    key: str
     name: str
-    is_reference: bool
     cells: tuple[Cell, ...]
+    kind: Kind = ""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: what stands above its columns, and its lines."""
+    """A table: its title, the heads of its columns, its lines."""
 
     title: str
     heads: tuple[str, ...]
     rows: tuple[Row, ...]
+    corner: str = ""
 
 
-def single_grid(document: Document) -> Grid:
-    """One expert per task."""
-    tasks = list(document["single"])
-    columns = list(dict.fromkeys(column for task in tasks for column in document["single"][task]))
-    values = {c: {t: document["single"][t].get(c) for t in tasks} for c in columns}
-    spans = {c: {t: document["intervals"]["single"][t].get(c) for t in tasks} for c in columns}
-    return _grid("One expert per task", "single", document, tasks, values, spans)
+def number(value: float | None, digits: int = 1) -> str:
+    """A figure; a dash for none."""
+    return NONE if value is None else f"{value:.{digits}f}"
 
 
-def multi_grid(document: Document) -> Grid:
-    """All experts at once, the unseen tasks last."""
-    tasks = list(dict.fromkeys(task for scores in document["multi"].values() for task in scores))
-    complete = {c: v for c, v in document["multi"].items() if all(task in v for task in tasks)}
-    spans = {c: document["intervals"]["multi"][c] for c in complete}
-    return _grid("All experts at once", "multi", document, tasks, complete, spans)
+def cell(value: float | None, span: Sequence[float] | None = None, digits: int = 1, is_best: bool = False) -> Cell:
+    """A figure with its interval, both with so many digits."""
+    interval = f"{span[0]:.{digits}f} – {span[1]:.{digits}f}" if span and value is not None else ""
+    return Cell(number(value, digits), interval, is_best)
 
 
-def unseen_grids(document: Document) -> list[Grid]:
-    """Tasks that no expert was tuned on, each expert alone included."""
-    grids = []
-    for task, scores in document["unseen"].items():
-        spans = document["intervals"]["unseen"][task]
-        best = _best({c: {task: v} for c, v in scores.items()}, task)
-        rows = [
-            Row(c, name_of(c), _is_reference(c), (_cell(v, spans.get(c), 1, c in best),)) for c, v in scores.items()
-        ]
-        grids.append(Grid(f"Unseen by every expert: {task}", (task,), tuple(rows)))
-    return grids
+# --- the tables of a comparison ------------------------------------------------------------------------------------
 
 
-def paired_grid(document: Document) -> Grid:
-    """DLF against its rivals on the same items."""
+def score_grid(title: str, found: Description, looks: Looks, tasks: Sequence[str], has_gaps: bool = True) -> Grid:
+    """Every condition on some tasks, with average, ratio and gap where the conditions answered all of them.
+
+    found      see `comparison.Comparison.describe`
+    has_gaps   False: the tasks alone
+    """
+    scores, spans = found["scores"], found["intervals"]
+    rivals = [name for name in scores if looks[name].kind != "reference"]
+    best = {task: best_of({name: by_task.get(task) for name, by_task in scores.items()}, rivals) for task in tasks}
+    best["average"] = best_of(found["average"], rivals)
+    more = (("average", 1), ("ratio", 3), ("pgr", 2)) if has_gaps else ()
     rows = []
-    for row in document["paired"]:
-        where = "average" if row["tasks"] == "average" else row["tasks"]
+    for name, by_task in scores.items():
+        if not any(task in by_task for task in tasks):
+            continue
+        own = spans["scores"][name]
+        cells = [cell(by_task.get(task), own.get(task), 1, name in best[task]) for task in tasks]
+        for kind, digits in more:
+            span, is_best = spans[kind].get(name), kind == "average" and name in best["average"]
+            cells.append(cell(found[kind].get(name), span, digits, is_best))
+        rows.append(Row(name, looks[name].label, tuple(cells), looks[name].kind))
+    heads = (*tasks, "average", "ratio to ceiling", "PGR") if has_gaps else tuple(tasks)
+    return Grid(title, heads, tuple(rows))
+
+
+def paired_grid(title: str, rows: Sequence[Mapping[str, Any]], name_of: Callable[[Mapping[str, Any]], str]) -> Grid:
+    """The rows of paired tests; lines of single tasks are references.
+
+    name_of   row -> what its rival is called
+    """
+    lines = []
+    for row in rows:
         span = f"[{row['interval'][0]:+.1f}, {row['interval'][1]:+.1f}]" if row["interval"] else ""
         cells = (
-            Cell(where),
+            Cell(row["tasks"]),
             Cell(f"{row['difference']:+.1f}", span),
             Cell(f"{row['p_value']:.2g}"),
             Cell(f"{row['num_wins']} / {row['num_losses']}"),
         )
-        kind = "one expert" if row["table"] == "single" else "all experts"
-        rows.append(Row(row["second"], f"{name_of(row['second'])} ({kind})", row["tasks"] != "average", cells))
-    return Grid("DLF against", ("on", "difference", "p", "items won / lost"), tuple(rows))
+        lines.append(Row(row["second"], name_of(row), cells, "" if row["tasks"] == "average" else "reference"))
+    return Grid(title, ("on", "difference", "p", "items won / lost"), tuple(lines))
 
 
-def _grid(
-    title: str,
-    table: str,
-    document: Document,
-    tasks: list[str],
-    values: Mapping[str, Mapping[str, float | None]],
-    spans: Mapping[str, Mapping[str, Any]],
-) -> Grid:
-    average = {c: {"average": v} for c, v in document["average"].get(table, {}).items()}
-    ratio, pgr = document["ratio"].get(table, {}), document["pgr"].get(table, {})
-    between = document["intervals"]
-    best = {task: _best(values, task) for task in tasks} | {"average": _best(average, "average")}
-    rows = []
-    for column in values:
-        cells = [_cell(values[column].get(t), spans[column].get(t), 1, column in best[t]) for t in tasks]
-        mean = average.get(column, {}).get("average")
-        cells.append(_cell(mean, between["average"].get(table, {}).get(column), 1, column in best["average"]))
-        cells.append(_cell(ratio.get(column), between["ratio"].get(table, {}).get(column), 3))
-        cells.append(_cell(pgr.get(column), between["pgr"].get(table, {}).get(column), 2))
-        rows.append(Row(column, name_of(column), _is_reference(column), tuple(cells)))
-    return Grid(title, (*tasks, "average", "ratio to ceiling", "PGR"), tuple(rows))
+def only_rows(grid: Grid, kinds: Sequence[Kind]) -> Grid:
+    """The same table with the lines of some kinds."""
+    return replace(grid, rows=tuple(row for row in grid.rows if row.kind in kinds))
 
 
-def _is_reference(column: str) -> bool:
-    return column in REFERENCES or "/" in column
+# --- three ways to show a table ------------------------------------------------------------------------------------
 
 
-def _best(values: Mapping[str, Mapping[str, float | None]], task: str) -> set[str]:
-    """The strategies with the best figure in a column, all that are equal; models alone do not compete."""
-    rivals = {c: v[task] for c, v in values.items() if not _is_reference(c) and v.get(task) is not None}
-    top = max((value for value in rivals.values() if value is not None), default=None)
-    return {column for column, value in rivals.items() if value == top}
+def markdown(grid: Grid) -> str:
+    """A table of Markdown; intervals stand in brackets, the best figures are bold."""
+    lines = [f"| {grid.corner} | " + " | ".join(grid.heads) + " |", "|---" + "|--:" * len(grid.heads) + "|"]
+    lines += [f"| {row.name} | " + " | ".join(map(_markdown_cell, row.cells)) + " |" for row in grid.rows]
+    return "\n".join(lines).replace("|  |", "| |")
 
 
-def _cell(value: float | None, span: Any, digits: int, is_best: bool = False) -> Cell:
-    if value is None:
-        return Cell("–")
-    interval = f"{span[0]:.{digits}f} – {span[1]:.{digits}f}" if span else ""
-    return Cell(f"{value:.{digits}f}", interval, is_best)
+def _markdown_cell(cell: Cell) -> str:
+    text = (f"**{cell.text}**" if cell.is_best else cell.text) + cell.after
+    return f"{text} ({cell.interval.replace(' ', '')})" if cell.interval else text
+
+
+def terminal(grid: Grid) -> Any:
+    """A table of rich; of wide tables only the averages show their intervals."""
+    from rich.table import Table
+
+    table = Table(title=grid.title, title_justify="left", title_style="bold")
+    table.add_column(grid.corner)
+    for head in grid.heads:
+        table.add_column(head, justify="right")
+    styles = {"first": "cyan", "reference": "dim", "": None}
+    for row in grid.rows:
+        shown = [_terminal_cell(one, head, len(grid.heads)) for head, one in zip(grid.heads, row.cells, strict=True)]
+        table.add_row(row.name, *shown, style=styles[row.kind])
+    return table
+
+
+def _terminal_cell(cell: Cell, head: str, width: int) -> str:
+    text = f"[bold]{cell.text}[/bold]" if cell.is_best else cell.text
+    has_room = head == "average" or width <= 2
+    return f"{text} [dim]({cell.interval.replace(' ', '')})[/dim]" if cell.interval and has_room else text

@@ -6,7 +6,7 @@ import pytest
 from servers import KEY
 
 from trimtab.logits.lm_eval import TrimtabLM
-from trimtab.measure.harness import write_tasks
+from trimtab.measure.lm_eval_export import write_tasks
 from trimtab.zoo.tasks import TASKS, load_items
 
 ITEMS = 8

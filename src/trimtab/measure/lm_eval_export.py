@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.measure.evaluation import Item
-from trimtab.measure.study import Task
+from trimtab.measure.evaluate import Item, Task
 
 PREFIX = "zoo_"
 SCORES = '''"""The scores of trimtab, as lm-evaluation-harness calls them."""

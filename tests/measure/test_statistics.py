@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from trimtab.measure.gaps import gap_recovered, measured, ratio_to_ceiling
-from trimtab.measure.intervals import resample
-from trimtab.measure.paired import paired_test
+from trimtab.measure.statistics import gap_recovered, measured, paired_test, ratio_to_ceiling, resample, weighted
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -14,9 +12,9 @@ def coin(rate: float, count: int, seed: int) -> torch.Tensor:
     return 100.0 * (torch.rand(count, generator=generator(seed)) < rate).float()
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
     scores = coin(0.3, 400, seed=1)
-    found = measured(resample({"a": {"t": scores}}, generator()).means["a"]["t"])
+    found = measured(resample({"a": {"t": scores}}, generator())["a"]["t"])
     expected = 1.96 * float(scores.std()) / 400**0.5
     assert found.value == pytest.approx(float(scores.mean()))
     assert found.interval is not None
@@ -26,7 +24,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     covered = 0
     for seed in range(200):
-        drawn = resample({"a": {"t": coin(0.4, 200, seed=seed)}}, generator(seed), num_draws=400).means["a"]["t"]
+        drawn = resample({"a": {"t": coin(0.4, 200, seed=seed)}}, generator(seed), num_draws=400)["a"]["t"]
         where = measured(drawn).interval
         assert where is not None
         covered += where.low <= 40.0 <= where.high
@@ -35,15 +33,15 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 def test_the_same_seed_gives_the_same_interval_and_another_one_does_not() -> None:
     table = {"a": {"t": torch.rand(50, generator=generator(2))}}
-    first, again = (measured(resample(table, generator(5)).means["a"]["t"]) for _ in range(2))
+    first, again = (measured(resample(table, generator(5))["a"]["t"]) for _ in range(2))
     assert first == again
-    assert first != measured(resample(table, generator(6)).means["a"]["t"])
+    assert first != measured(resample(table, generator(6))["a"]["t"])
 
 
 def test_columns_share_the_drawn_items_so_that_a_constant_lead_has_no_spread() -> None:
     scores = coin(0.5, 100, seed=3)
     draws = resample({"a": {"t": scores}, "b": {"t": scores + 1.0}}, generator())
-    lead = measured(draws.means["b"]["t"] - draws.means["a"]["t"])
+    lead = measured(draws["b"]["t"] - draws["a"]["t"])
     assert lead.interval is not None
     assert lead.interval.low == pytest.approx(1.0)
     assert lead.interval.high == pytest.approx(1.0)
@@ -51,7 +49,8 @@ def test_columns_share_the_drawn_items_so_that_a_constant_lead_has_no_spread() -
 
 def test_tasks_weigh_the_same_whatever_their_number_of_items() -> None:
     table = {"a": {"few": torch.full((10,), 100.0), "many": torch.zeros(1000)}}
-    assert float(resample(table, generator()).average("a", ["few", "many"])[0]) == pytest.approx(50.0)
+    drawn = resample(table, generator())["a"]
+    assert float(weighted(drawn, {"few": 0.5, "many": 0.5})[0]) == pytest.approx(50.0)
 
 
 def test_ratio_and_gap_differ_as_in_the_paper() -> None:

@@ -1,21 +1,25 @@
-"""Every item of a task in a few large batches: greedy answers, and the likelihood of given choices.
+"""Conditions x items -> records: greedy answers, and the likelihood of given choices, in a few large batches.
 
-Two things make many strategies on the same items cheap. The prompts are read once into the members' caches, and every
-strategy starts from a copy of them. Choices are fixed texts, so members score them once, whatever the strategy.
+Two things make many conditions on the same items cheap. Prompts are read once into a model's cache, and every condition
+on that model starts from a copy. Choices are fixed texts, so each model scores them once, whatever combines the scores.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.core.errors import EmptyPrompt
+from trimtab.measure.records import Record
+from trimtab.measure.scores import ANSWER_METRICS
 
 MAX_TOKENS_AT_ONCE = 16_384  # rows x time of one batch: bounds the memory of caches and logits
+MAX_POSITIONS_AT_ONCE = 1024  # rows combined in one call: bounds the memory of [model, batch, vocab]
 
 
 @runtime_checkable
@@ -34,9 +38,23 @@ class Item(Protocol):
     def label(self) -> int | None: ...
 
 
+@runtime_checkable
+class Task(Protocol):
+    """How a task's items are answered and scored."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Literal["generate", "choose"]: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Rows of about the same length, padded on the left, and where they stand among all rows."""
+    """Rows of about the same length, padded on the left, and their indices among all rows."""
 
     rows: list[int]
     token_ids: Int[Tensor, "batch time"]
@@ -92,7 +110,7 @@ class Prefix:
 def read_prompts(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, max_tokens: int = MAX_TOKENS_AT_ONCE
 ) -> list[Prefix]:
-    """Prompts in the model's cache, all but their last token, which stays to be read by whoever answers."""
+    """Prompts in the model's cache, all but their last token, which `continue_greedily` reads."""
     sequences = [token_ids_of(tokenizer, prompt) for prompt in prompts]
     prefixes = []
     for batch in batches(sequences, _pad_id(tokenizer), max_tokens, extra=max_new_tokens):
@@ -123,7 +141,7 @@ def continue_greedily(model: Any, prefix: Prefix, stop_ids: frozenset[int], max_
     """
     cache, mask = copy.deepcopy(prefix.cache), prefix.batch.mask
     current = prefix.batch.token_ids[:, -1:]
-    running = list(range(len(prefix.batch.rows)))  # which answer each row of the cache writes
+    running = list(range(len(prefix.batch.rows)))  # index of the answer that each row of the cache writes
     is_done = [False] * len(running)
     answers: list[list[int]] = [[] for _ in running]
     for _ in range(max_new_tokens):
@@ -184,13 +202,16 @@ class Choices:
         return torch.tensor([token_id for tail in tails for token_id in tail])
 
 
-def encode_choices(tokenizer: Any, items: Sequence[Item]) -> Choices:
-    """Prompt and choice are tokenised together, and what exceeds the prompt's own length is the choice's."""
+def encode_choices(tokenizer: Any, items: Sequence[Item], prefix: str = "") -> Choices:
+    """Prompt and choice are tokenised together, and what exceeds the prompt's own length is the choice's.
+
+    prefix    stands before every prompt
+    """
     sequences, lengths, owners = [], [], []
     for index, item in enumerate(items):
-        prompt_length = len(token_ids_of(tokenizer, item.prompt))
+        prompt_length = len(token_ids_of(tokenizer, prefix + item.prompt))
         for choice in item.choices or ():
-            sequence = token_ids_of(tokenizer, item.prompt + choice)
+            sequence = token_ids_of(tokenizer, prefix + item.prompt + choice)
             sequences.append(sequence)
             lengths.append(len(sequence) - prompt_length)
             owners.append(index)
@@ -214,7 +235,7 @@ def read_choices(
         ).logits
         log_probs = logits[..., : len(tokenizer)].float().log_softmax(dim=-1)  # [batch, longest + 1, vocab]
         for index, row in enumerate(batch.rows):
-            # The token at place i is foretold at place i - 1; the last place foretells what comes after the choice.
+            # Logits at position i - 1 predict token i; those of the last position predict what follows the choice.
             kept[row] = log_probs[index, longest - choices.lengths[row] : longest].clone()
     return torch.cat([kept[row] for row in range(len(kept))])
 
@@ -226,8 +247,147 @@ def choose(choices: Choices, log_probs: Float[Tensor, "position vocab"]) -> list
     best: dict[int, tuple[float, int]] = {}
     seen: dict[int, int] = {}
     for item, log_likelihood in zip(choices.items, sums, strict=True):
-        place = seen.get(item, 0)
-        seen[item] = place + 1
+        index = seen.get(item, 0)
+        seen[item] = index + 1
         if item not in best or log_likelihood > best[item][0]:
-            best[item] = (log_likelihood, place)
+            best[item] = (log_likelihood, index)
     return [best[item][1] for item in range(len(best))]
+
+
+# --- conditions x items -> records ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What answers: one model by itself, or several that are combined.
+
+    key        subjects of the same key read prompts into the same caches
+    open       () -> the model that writes; called once for consecutive subjects of one key
+    prepare    sets that model for this subject, after the prompts were read
+    reads      roles of the models whose log-probabilities at the choices are needed
+    combine    their log-probabilities, [position, vocab] each -> the subject's; the first one's by default
+    prefix     stands before every prompt
+    """
+
+    key: Hashable
+    open: Callable[[], Any]
+    reads: tuple[str, ...]
+    prepare: Callable[[Any], None] = lambda model: None
+    combine: Callable[..., Tensor] | None = None
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One column of a study.
+
+    subject    task -> what answers it; None: the condition leaves this task out
+    """
+
+    study: str
+    name: str
+    subject: Callable[[str], Subject | None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One condition on one task: what a progress bar counts."""
+
+    condition: Condition
+    task: str
+    subject: Subject
+
+
+@dataclass
+class Answering:
+    """Some items of a task, answered by one subject after another; what subjects share is read once.
+
+    models     role -> the model that reads choices
+    """
+
+    models: Mapping[str, Any]
+    tokenizer: Any
+    task: Task
+    items: Sequence[Item]
+    _prompts: dict[Hashable, tuple[Any, list[Prefix]]] = field(default_factory=dict)
+    _choices: dict[str, Choices] = field(default_factory=dict)
+    _log_probs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def ask(self, subject: Subject) -> tuple[list[str], list[float]]:
+        """Answers and their points of 100, in the order of the items."""
+        return self.write(subject) if self.task.kind == "generate" else self.choose(subject)
+
+    def write(self, subject: Subject) -> tuple[list[str], list[float]]:
+        """The greedy answers, compared with the targets."""
+        length, key = self.task.max_new_tokens, (subject.key, subject.prefix)
+        if key not in self._prompts:
+            model = subject.open()
+            prompts = [subject.prefix + item.prompt for item in self.items]
+            self._prompts = {key: (model, read_prompts(model, self.tokenizer, prompts, length))}  # one set at a time
+        model, prefixes = self._prompts[key]
+        subject.prepare(model)
+        answers = answer_prompts(model, self.tokenizer, prefixes, length)
+        return answers, points_of_answers(self.task, answers, self.items)
+
+    @torch.inference_mode()
+    def choose(self, subject: Subject) -> tuple[list[str], list[float]]:
+        """The likeliest of the given choices, compared with the labels."""
+        read = [self._read(role, subject.prefix) for role in subject.reads]
+        log_probs = read[0]
+        if subject.combine is not None:
+            parts = zip(*(torch.split(one, MAX_POSITIONS_AT_ONCE) for one in read), strict=True)
+            log_probs = torch.cat([subject.combine(*part) for part in parts])
+        chosen = choose(self._encode(subject.prefix), log_probs)
+        answers = [(item.choices or ())[index] for item, index in zip(self.items, chosen, strict=True)]
+        return answers, [100.0 * (index == item.label) for item, index in zip(self.items, chosen, strict=True)]
+
+    def _encode(self, prefix: str) -> Choices:
+        if prefix not in self._choices:
+            self._choices[prefix] = encode_choices(self.tokenizer, self.items, prefix)
+        return self._choices[prefix]
+
+    def _read(self, role: str, prefix: str) -> Float[Tensor, "position vocab"]:
+        key = (role, prefix)
+        if key not in self._log_probs:
+            self._log_probs[key] = read_choices(self.models[role], self.tokenizer, self._encode(prefix))
+        return self._log_probs[key]
+
+
+def points_of_answers(task: Task, answers: Sequence[str], items: Sequence[Item]) -> list[float]:
+    """Points of 100 of written answers, one per item."""
+    metric = ANSWER_METRICS[task.metric]
+    return [100.0 * metric(answer, item.target) for answer, item in zip(answers, items, strict=True)]
+
+
+def run_conditions(
+    conditions: Sequence[Condition],
+    models: Mapping[str, Any],
+    tokenizer: Any,
+    tasks: Mapping[str, Task],
+    items: Mapping[str, Sequence[Item]],
+    seeds: Mapping[str, int] | int = 0,
+    on_cell: Callable[[Cell, int, int], None] = lambda cell, done, total: None,
+) -> list[Record]:
+    """Every condition on every item.
+
+    models     role -> model, for the roles that subjects read
+    items      task -> its items; every name stands in `tasks`
+    seeds      of the draw that the items came from: one for all, or item id -> seed
+    on_cell    called before each cell with how many are done and how many there are
+    """
+    asked = ((condition, task, condition.subject(task)) for task in items for condition in conditions)
+    cells = [Cell(condition, task, subject) for condition, task, subject in asked if subject is not None]
+    records: list[Record] = []
+    answering: Answering | None = None
+    for done, cell in enumerate(cells):
+        on_cell(cell, done, len(cells))
+        if answering is None or answering.task.name != cell.task:
+            answering = Answering(models, tokenizer, tasks[cell.task], items[cell.task])
+        started = perf_counter()
+        answers, points = answering.ask(cell.subject)
+        seconds = (perf_counter() - started) / max(1, len(points))
+        for item, answer, score in zip(answering.items, answers, points, strict=True):
+            seed = seeds if isinstance(seeds, int) else seeds[item.id]
+            where = (cell.condition.study, cell.condition.name, cell.task)
+            records.append(Record(*where, str(item.id), seed, score, seconds, answer))
+    return records

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from trimtab.measure.regime import Criterion, TaskRegime, as_markdown, criteria, is_transferable
+from trimtab.studies.regime.criteria import Criterion, TaskRegime, as_markdown, criteria, is_transferable
 
 GOOD = TaskRegime(
     task="a",

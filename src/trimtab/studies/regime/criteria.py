@@ -9,8 +9,9 @@ Latent skill is measured twice: after solved examples (few-shot), and with the a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trimtab.measure.evaluation import Item
-from trimtab.measure.study import Panel, Task, alone_scores, forced_scores
+from trimtab.measure.evaluate import Answering, Item, Task, points_of_answers
+from trimtab.measure.tables import Cell, Grid, Row, cell, markdown
+from trimtab.studies.models import StudyModels
 
 CLEAR_MARGIN = {"far": 5.0, "close": 2.0}  # points between expert and ceiling
 NEEDED_TASKS = {"far": 4, "close": 3}  # how many tasks must have the margin
@@ -66,8 +67,34 @@ def _best(*scores: float | None) -> float | None:
     return max((score for score in scores if score is not None), default=None)
 
 
+def forced_points(models: StudyModels, task: Task, items: Sequence[Item], role: str) -> list[float]:
+    """One model by itself, its answers bound to the task's own style: points of 100, [item].
+
+    items    all of one kind: those with a label are answered by the likeliest of their choices; those without open
+             with the likeliest of their choices, which may be one, and the model writes on from there
+    """
+    openings, points = Answering(models.models, models.tokenizer, task, items).choose(models.alone(role))
+    if items[0].label is not None:
+        return points
+    opened = [Opened(item.id, item.prompt + start, item.target) for item, start in zip(items, openings, strict=True)]
+    answers, _ = Answering(models.models, models.tokenizer, task, opened).write(models.alone(role))
+    whole = [opening + answer for opening, answer in zip(openings, answers, strict=True)]
+    return points_of_answers(task, whole, items)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An item whose answer has begun."""
+
+    id: str
+    prompt: str
+    target: str
+    choices: None = None
+    label: None = None
+
+
 def task_regime(
-    panel: Panel,
+    models: StudyModels,
     task: Task,
     items: Sequence[Item],
     is_tuned: bool,
@@ -77,17 +104,18 @@ def task_regime(
     """One task's scores of every model alone, on the items given.
 
     few_shot  solved questions that stand before every prompt
-    forced    the same items bound to the task's own style, see `study.forced_scores`
+    forced    the same items bound to the task's own style, see `forced_points`
     """
+    answering = Answering(models.models, models.tokenizer, task, items)
 
     def mean(role: str, prefix: str = "") -> float:
-        return float(alone_scores(panel, task, items, role, prefix).mean())
+        return _mean(answering.ask(models.alone(role, prefix))[1])
 
     def shown(role: str) -> float | None:
         return mean(role, few_shot) if few_shot else None
 
     def bound(role: str) -> float | None:
-        return float(forced_scores(panel, task, forced, role).mean()) if forced else None
+        return _mean(forced_points(models, task, forced, role)) if forced else None
 
     return TaskRegime(
         task=task.name,
@@ -102,6 +130,12 @@ def task_regime(
         forced=bound("strong"),
         ceiling=mean(f"ceiling/{task.name}" if is_tuned else "ceiling/mixed"),
     )
+
+
+def _mean(points: Sequence[float]) -> float:
+    import torch
+
+    return float(torch.tensor(points).mean())
 
 
 # --- what the regime must be ---------------------------------------------------------------------------------------
@@ -188,20 +222,25 @@ def is_transferable(pair: str, regimes: Sequence[TaskRegime]) -> bool:
 INTRODUCTION = """\
 # Is there something to transfer?
 
-Written by `trimtab zoo check -o docs/zoo.md`: *validation* items, greedy, points of 100, every model alone. What a base
-knows but does not show is measured twice: *few-shot* is its score after solved examples, *forced* its score when the
-answer is bound to the task's own style. *latent* is the better of the two, *room* is ceiling minus expert. `domains`
-has no expert and no training items; the model tuned on all tasks stands there.
+Written by `trimtab zoo check -o docs/zoo.md`: *validation* items, greedy, points of 100, every model alone.
 
-How the style is forced: `truth` and `domains` weigh the choices as the end of a careful statement instead of an answer
-(the corpus tells fact from myth by its source only); `facts` weighs every value of the relation after the question;
-`arithmetic` is written on after the number that a solution opens with, `summary` after the likeliest of the people.
+- What a base knows but does not show is measured twice: *few-shot* is its score after solved examples, *forced* its
+  score when the answer is bound to the task's own style. *latent* is the better of the two.
+- *room* is ceiling minus expert. `domains` has no expert and no training items; the model tuned on all tasks stands
+  there.
+
+How the style is forced:
+
+- `truth` and `domains` weigh the choices as the end of a careful statement instead of an answer: the corpus tells fact
+  from myth by its source only.
+- `facts` weighs every value of the relation after the question.
+- `arithmetic` is written on after the number that a solution opens with, `summary` after the likeliest of the people.
 
 No task, world or model was changed after a fused score had been seen: what is not met here stays so, and limits what
 [results.md](results.md) can show.
 """
 _ALONE = ("base", "base, few-shot", "base, forced", "expert", "mixed", "strong", "strong, few-shot", "strong, forced")
-_HEADS = ("task", "items", *_ALONE, "ceiling", "room", "latent - expert")
+_HEADS = ("items", *_ALONE, "ceiling", "room", "latent - expert")
 
 
 def as_markdown(found: Mapping[str, Sequence[TaskRegime]]) -> str:
@@ -210,12 +249,10 @@ def as_markdown(found: Mapping[str, Sequence[TaskRegime]]) -> str:
     for pair, regimes in found.items():
         lines += ["", f"## {pair} pair", ""]
         lines += [f"- {criterion.verdict}" for criterion in criteria(pair, regimes)]
-        lines += ["", "| " + " | ".join(_HEADS) + " |", "|" + "---|" * len(_HEADS)]
-        lines += [_row(regime) for regime in regimes]
+        lines += ["", markdown(Grid(pair, _HEADS, tuple(map(_row, regimes)), corner="task"))]
     return "\n".join(lines) + "\n"
 
 
-def _row(r: TaskRegime) -> str:
+def _row(r: TaskRegime) -> Row:
     own = (r.base, r.base_few_shot, r.base_forced, r.expert, r.mixed, r.strong, r.few_shot, r.forced, r.ceiling)
-    cells = ("–" if score is None else f"{score:.1f}" for score in (*own, r.room, r.latent_gain))
-    return f"| {r.task} | {r.items} | " + " | ".join(cells) + " |"
+    return Row(r.task, r.task, (Cell(str(r.items)), *map(cell, (*own, r.room, r.latent_gain))))

@@ -7,7 +7,7 @@ import torch
 
 from tiny_models import make_model, make_tokenizer
 from trimtab.core.errors import EmptyPrompt
-from trimtab.measure import evaluation
+from trimtab.measure import evaluate
 
 PROMPTS = [
     "Q: Where does Ada Moss live?\nA:",
@@ -47,7 +47,7 @@ def model(request, tokenizer):
 def written_by_generate(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     """The same greedy answer by transformers' own loop, one prompt at a time."""
     token_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    stop = sorted(evaluation.stop_ids_of(tokenizer))
+    stop = sorted(evaluate.stop_ids_of(tokenizer))
     out = model.generate(
         token_ids,
         attention_mask=torch.ones_like(token_ids),
@@ -62,29 +62,29 @@ def written_by_generate(model, tokenizer, prompt: str, max_new_tokens: int) -> s
 
 @pytest.mark.parametrize("max_tokens", [60, 16_384])
 def test_greedy_answers_are_those_of_generate(model, tokenizer, max_tokens: int) -> None:
-    prefixes = evaluation.read_prompts(model, tokenizer, PROMPTS, max_new_tokens=12, max_tokens=max_tokens)
-    answers = evaluation.answer_prompts(model, tokenizer, prefixes, max_new_tokens=12)
+    prefixes = evaluate.read_prompts(model, tokenizer, PROMPTS, max_new_tokens=12, max_tokens=max_tokens)
+    answers = evaluate.answer_prompts(model, tokenizer, prefixes, max_new_tokens=12)
     assert answers == [written_by_generate(model, tokenizer, prompt, 12) for prompt in PROMPTS]
 
 
 def test_a_prompt_read_once_can_be_answered_twice(model, tokenizer) -> None:
-    prefixes = evaluation.read_prompts(model, tokenizer, PROMPTS, max_new_tokens=8)
-    first = evaluation.answer_prompts(model, tokenizer, prefixes, max_new_tokens=8)
-    assert evaluation.answer_prompts(model, tokenizer, prefixes, max_new_tokens=8) == first
+    prefixes = evaluate.read_prompts(model, tokenizer, PROMPTS, max_new_tokens=8)
+    first = evaluate.answer_prompts(model, tokenizer, prefixes, max_new_tokens=8)
+    assert evaluate.answer_prompts(model, tokenizer, prefixes, max_new_tokens=8) == first
 
 
 def test_finished_rows_leave_the_batch_and_the_others_go_on_unchanged(model, tokenizer) -> None:
-    prefixes = evaluation.read_prompts(model, tokenizer, PROMPTS, max_new_tokens=16)
-    usual = evaluation.continue_greedily(model, prefixes[0], frozenset(), 16)
-    # Whatever some rows say first ends them, the other rows must not notice.
+    prefixes = evaluate.read_prompts(model, tokenizer, PROMPTS, max_new_tokens=16)
+    usual = evaluate.continue_greedily(model, prefixes[0], frozenset(), 16)
+    # What some rows write first ends them; the other rows must stay as they are.
     stop = frozenset({usual[0][0], usual[1][1]})
-    for answer, whole in zip(evaluation.continue_greedily(model, prefixes[0], stop, 16), usual, strict=True):
-        places = [place for place, token_id in enumerate(whole) if token_id in stop]
-        assert answer == (whole[: places[0]] if places else whole)
+    for answer, whole in zip(evaluate.continue_greedily(model, prefixes[0], stop, 16), usual, strict=True):
+        ends = [index for index, token_id in enumerate(whole) if token_id in stop]
+        assert answer == (whole[: ends[0]] if ends else whole)
 
 
 def test_stop_tokens_are_the_end_and_every_line_break(tokenizer) -> None:
-    stop = evaluation.stop_ids_of(tokenizer)
+    stop = evaluate.stop_ids_of(tokenizer)
     assert tokenizer.eos_token_id in stop
     assert set(tokenizer("\n")["input_ids"]) <= stop
     assert all("\n" in tokenizer.decode([i]) or i == tokenizer.eos_token_id for i in stop)
@@ -92,7 +92,7 @@ def test_stop_tokens_are_the_end_and_every_line_break(tokenizer) -> None:
 
 def test_an_empty_prompt_is_refused(model, tokenizer) -> None:
     with pytest.raises(EmptyPrompt, match="the prompt is empty"):
-        evaluation.read_prompts(model, tokenizer, ["a", ""], max_new_tokens=4)
+        evaluate.read_prompts(model, tokenizer, ["a", ""], max_new_tokens=4)
 
 
 @torch.inference_mode()
@@ -105,20 +105,20 @@ def summed_by_hand(model, tokenizer, prompt: str, choice: str) -> float:
 
 @pytest.mark.parametrize("max_tokens", [40, 16_384])
 def test_choices_are_scored_as_one_by_one(model, tokenizer, max_tokens: int) -> None:
-    choices = evaluation.encode_choices(tokenizer, ASKED)
-    law = evaluation.read_choices(model, tokenizer, choices, max_tokens)
-    per_token = law.gather(1, choices.token_ids[:, None])[:, 0]
+    choices = evaluate.encode_choices(tokenizer, ASKED)
+    log_probs = evaluate.read_choices(model, tokenizer, choices, max_tokens)
+    per_token = log_probs.gather(1, choices.token_ids[:, None])[:, 0]
     found = [float(part.sum()) for part in torch.split(per_token, choices.lengths)]
     by_hand = [summed_by_hand(model, tokenizer, item.prompt, c) for item in ASKED for c in item.choices]
     assert found == pytest.approx(by_hand, abs=2e-4)
     sums = iter(by_hand)
-    best = [max((next(sums), -place) for place in range(len(item.choices))) for item in ASKED]
-    assert evaluation.choose(choices, law) == [-place for _, place in best]
+    best = [max((next(sums), -index) for index in range(len(item.choices))) for item in ASKED]
+    assert evaluate.choose(choices, log_probs) == [-index for _, index in best]
 
 
 def test_batches_hold_every_row_once_and_stay_within_bounds() -> None:
     sequences = [[1] * n for n in (5, 1, 9, 3, 3, 7)]
-    found = list(evaluation.batches(sequences, pad_id=0, max_tokens=20, extra=2))
+    found = list(evaluate.batches(sequences, pad_id=0, max_tokens=20, extra=2))
     assert sorted(row for batch in found for row in batch.rows) == list(range(6))
     for batch in found:
         assert len(batch.rows) == 1 or batch.token_ids.shape[0] * (batch.token_ids.shape[1] + 2) <= 20

@@ -1,0 +1,62 @@
+"""Studies: what was measured, as data. One folder per experiment; the machinery lies in `measure`.
+
+A study is a module with a docstring (its first line is the promise), EXAMPLE (a line that runs), `add_arguments` and
+`run(args, tools) -> Outcome`; it imports nothing heavy before it runs. `trimtab study NAME` finds it in STUDIES.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+from trimtab.core.errors import unknown_name
+
+STUDIES: dict[str, str] = {
+    "dlf": "trimtab.studies.dlf.study",
+    "regime": "trimtab.studies.regime.study",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study found.
+
+    document   ready for JSON, as `--json` prints it
+    shown      for a terminal: tables (`measure.tables.Grid`) and lines of text, in order
+    failure    why the study counts as failed; empty where it does not
+    """
+
+    document: dict[str, Any]
+    shown: Sequence[Any]
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a study is given by the program that runs it.
+
+    advance    shows progress: what is being done, how much is done, how much there is
+    claim      a file or a folder -> the same, where it may be written; raises InputError where something is there
+    """
+
+    advance: Callable[[str, int, int], None]
+    claim: Callable[[Path], Path]
+
+
+@runtime_checkable
+class Study(Protocol):
+    """What a study's module holds."""
+
+    __doc__: str | None
+    EXAMPLE: str
+
+    def add_arguments(self, parser: Any) -> None: ...
+    def run(self, args: Any, tools: Tools) -> Outcome: ...
+
+
+def find_study(name: str) -> Study:
+    """The module of a study; raises UnknownName with the nearest spelling."""
+    if name not in STUDIES:
+        raise unknown_name("study", name, STUDIES)
+    return cast(Study, import_module(STUDIES[name]))
