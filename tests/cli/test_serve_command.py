@@ -66,6 +66,18 @@ def test_a_changed_member_is_named_before_anything_is_loaded(run, copied, port) 
     check_refused(run("serve", str(copied), "--port", port), "member 'strong' has changed")
 
 
+def test_members_that_vllm_cannot_run_are_named_with_a_cure(run, copied, members, tmp_path, port) -> None:
+    file, cure = copied / "config.json", "--engine transformers"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"prompts": {"facts": {"template": "Solve: {prompt}"}}}))
+    check_refused(run("serve", str(copied), "--port", port), "facts read prompts of their own", cure)
+    quantized = Path(shutil.copytree(members["strong"], tmp_path / "quantized"))
+    settings = json.loads((quantized / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (quantized / "config.json").write_text(json.dumps(settings))
+    file.write_text(json.dumps(content | {"strong": {"where": str(quantized)}}))
+    check_refused(run("serve", str(copied), "--port", port), "member 'strong'", "is quantized", cure)
+
+
 def test_a_port_in_use_is_named(run, fused_dir) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -103,9 +103,31 @@ def test_prompts_of_members_own_are_refused(folder):
     assert plan_of(folder, prompts={"math": {}}).body_of == (0, 1, 2, 3)
 
 
-def test_a_strong_model_that_is_an_adapter_is_refused(folder):
-    with pytest.raises(MemberMismatch, match=r"the strong model .* is an adapter"):
-        plan_of(folder, strong={"where": str(folder / "adapter")})
+def test_adapters_as_strong_and_base_model_are_merged_into_what_they_sit_on(folder):
+    plan = plan_of(folder, strong={"where": str(folder / "adapter")}, base={"where": str(folder / "adapter")})
+    found = [(body.key, body.directory.name, body.adapter and body.adapter.name) for body in plan.bodies]
+    # The expert 'facts' is that adapter too, on the same base.
+    assert found == [("strong", "base", "adapter"), ("expert_0", "math", None)]
+    assert plan.body_of == (0, 0, 1, 0)
+
+
+def test_an_adapter_that_names_no_base_is_refused_as_strong_model(folder, tmp_path):
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(UnreadableModel, match=r"'strong' .* does not say which model it sits on"):
+        plan_of(folder, strong={"where": str(tmp_path / "adapter")})
+
+
+@pytest.mark.parametrize("outer", [None, "text_config"])
+def test_quantized_members_are_refused_before_the_engine_starts(folder, tmp_path, outer):
+    shutil.copytree(folder / "math", tmp_path / "math")
+    file = tmp_path / "math" / "config.json"
+    quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | ({outer: quantized} if outer else quantized)))
+    experts = [{"name": "math", "where": str(tmp_path / "math")}]
+    with pytest.raises(UnreadableModel, match=r"member 'math' .* is quantized(.|\n)*--engine transformers"):
+        plan_of(folder, experts=experts)
 
 
 def test_a_member_that_has_changed_is_refused(folder):
@@ -123,9 +145,6 @@ def test_what_a_body_cannot_do_is_refused(folder):
         check_body(body, config, tiny.VOCAB, 3)
     with pytest.raises(VocabularyMismatch, match=f"scores {tiny.VOCAB} tokens, {tiny.VOCAB + 1} are fused"):
         check_body(body, config, tiny.VOCAB + 1, 1)
-    config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(UnreadableModel, match="is quantized"):
-        check_body(body, config, tiny.VOCAB, 1)
 
 
 def test_missing_weights_are_refused():

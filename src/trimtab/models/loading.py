@@ -163,7 +163,7 @@ class MemberLoader:
         doubt = ""
         # An adapter that was made in memory, on a base without a name, records none either.
         if adapter is not None and base is not None and base.model is model and (recorded or model.config.name_or_path):
-            doubt = _doubt(recorded, self._find(recorded, None), base)
+            doubt = _doubt(recorded, _find_base(recorded, None), base)
         return Member(name, model.eval(), adapter, doubt=doubt)
 
     def _under(self, name: str, directory: Path, base: Member | None) -> tuple[Member, str]:
@@ -172,7 +172,7 @@ class MemberLoader:
         An expert's is the base; any other's is the one that it names.
         """
         recorded = adapters.base_name(directory)
-        located = self._find(recorded, directory)
+        located = _find_base(recorded, directory)
         if base is not None:
             if located is not None and base.directory is not None and not _same_model(located, base.directory):
                 raise MemberMismatch(
@@ -181,25 +181,7 @@ class MemberLoader:
                     f"pass base='{recorded}'.",
                 )
             return base, _doubt(recorded, located, base)
-        if recorded is None:
-            raise UnreadableModel(
-                f"the adapter '{name}' ({directory}) does not say which model it sits on.",
-                "adapter_config.json names it in base_model_name_or_path.",
-                "write it there, or merge the adapter into a model of its own.",
-            )
-        is_path = located is not None and not recorded.startswith(references.ZOO)
-        return self.member(name, Reference(str(located)) if is_path else recorded), ""
-
-    def _find(self, recorded: str | None, directory: Path | None) -> Path | None:
-        """The local model directory that an adapter names as its base, if there is one; never asks the network."""
-        if not recorded:
-            return None
-        if recorded.startswith(references.ZOO):
-            return references.locate(Reference(recorded))[1]
-        for place in (Path(recorded).expanduser(), *([] if directory is None else [directory / recorded])):
-            if (place / "config.json").is_file():
-                return place.resolve()
-        return None
+        return self.member(name, _base_reference(name, directory)), ""
 
     def _load(self, name: str, reference: Reference, directory: Path) -> Any:
         dtype, device = self._placement.dtype_of(name, reference), self._placement.device_of(name)
@@ -216,6 +198,39 @@ class MemberLoader:
             return None
         loaded = [model for model in self._models.values() if isinstance(model, nn.Module)]
         return remaining_memory(self._placement.max_memory, loaded)
+
+
+def adapter_base(name: str, directory: Path) -> Path:
+    """The local directory of the model that an adapter names as its base; fetched from the hub where it names an id.
+
+    raises    UnreadableModel where the adapter names none; OfflineError
+    """
+    return references.locate(_base_reference(name, directory))[1]
+
+
+def _base_reference(name: str, directory: Path) -> Reference:
+    recorded = adapters.base_name(directory)
+    if recorded is None:
+        raise UnreadableModel(
+            f"the adapter '{name}' ({directory}) does not say which model it sits on.",
+            "adapter_config.json names it in base_model_name_or_path.",
+            "write it there, or merge the adapter into a model of its own.",
+        )
+    located = _find_base(recorded, directory)
+    is_path = located is not None and not recorded.startswith(references.ZOO)
+    return Reference(str(located)) if is_path else references.parse_reference(recorded)
+
+
+def _find_base(recorded: str | None, directory: Path | None) -> Path | None:
+    """The local model directory that an adapter names as its base, if there is one; never asks the network."""
+    if not recorded:
+        return None
+    if recorded.startswith(references.ZOO):
+        return references.locate(Reference(recorded))[1]
+    for place in (Path(recorded).expanduser(), *([] if directory is None else [directory / recorded])):
+        if (place / "config.json").is_file():
+            return place.resolve()
+    return None
 
 
 def remaining_memory(max_memory: Mapping[Any, Any], models: Iterable[nn.Module]) -> dict[Any, int]:

@@ -7,6 +7,7 @@ import torch
 from engines import check_same, counters, engine, expected, runner_of, served
 
 import tiny
+from on_disk import save_adapter
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
 from trimtab.serving.vllm.speculative_config import speculative_config
@@ -128,15 +129,20 @@ def test_zoo_prompts_with_others_drafting(zoo, prompts, wanted, drafter, monkeyp
 PAIRS = [("llama", "gpt2"), ("qwen2", "llama"), ("gpt2", "mistral"), ("mistral", "qwen2")]
 
 
-def random_fused(folder, strong, small):
-    """Random members of two architectures, with two experts, saved in a folder; the transformers engine of them."""
+def random_fused(folder, strong, small, adapted=False):
+    """Random members of two architectures, with two experts, saved in a folder; the transformers engine of them.
+
+    adapted   whether the strong model is an adapter, which names the model that it sits on
+    """
     base = tiny.make(small, seed=1)
     models = {"strong": tiny.make(strong, seed=0, width=128, layers=3), "base": base}
     models |= {"math": tiny.tuned(base, 10), "facts": tiny.tuned(base, 11)}
     for name, model in models.items():
         model.save_pretrained(folder / name)
         tiny.make_tokenizer().save_pretrained(folder / name)
-    where = {name: str(folder / name) for name in models}
+    if adapted:
+        save_adapter(folder, "adapter", models["strong"], folder / "strong")
+    where = {name: str(folder / name) for name in models} | ({"strong": str(folder / "adapter")} if adapted else {})
     experts = {name: where[name] for name in ("math", "facts")}
     fused = FusedCausalLM.from_members(where["strong"], where["base"], experts)
     fused.save_pretrained(folder / "fused")
@@ -153,7 +159,7 @@ def random_prompts(count=64, longest=70):
 
 @pytest.mark.parametrize(("strong", "small"), PAIRS)
 def test_random_members_of_unlike_architecture_width_and_depth(tmp_path, strong, small):
-    fused = random_fused(tmp_path, strong, small)
+    fused = random_fused(tmp_path, strong, small, adapted=strong == "qwen2")
     prompts = random_prompts()
     wanted = expected(fused, prompts, batch=64)
     with engine(tmp_path / "fused", **PLAIN) as llm:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from trimtab.core.errors import BadSetting, MemberMismatch, UnreadableModel, VocabularyMismatch
+from trimtab.core.errors import BadSetting, UnreadableModel, VocabularyMismatch
 from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.speculation.draft import Drafter, check_rule, drafter_for
 from trimtab.logits.strategy.fusion import Strategy, strategy_from_dict
 from trimtab.models import checkpoint, references
+from trimtab.models.loading import adapter_base
 
 DRAFTER = "drafter"  # in config.json: who drafts, a member or a rule; fused directories have no such entry
 
@@ -58,8 +59,8 @@ def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
     """The bodies and the strategy that a fused directory's configuration names.
 
     directory   where relative references start
-    raises      UnreadableModel, MemberMismatch when a member has changed, OfflineError; BadSetting and MemberMismatch
-                for what vLLM cannot run: prompts of a member's own, a strong or base model that is an adapter
+    raises      UnreadableModel, MemberMismatch when a member has changed, OfflineError; BadSetting and UnreadableModel
+                for what vLLM cannot run: prompts of a member's own, quantized members
     """
     _refuse_own_prompts(config)
     strong, base, experts = saving.references_of(config)
@@ -68,13 +69,14 @@ def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
     keys = {"strong": "strong", "base": "base", **{name: f"expert_{place}" for place, name in enumerate(experts)}}
     named = {"strong": strong, "base": base, **experts}
     places = {name: _locate(name, reference, directory) for name, reference in named.items()}
-    for name in ("strong", "base"):
-        _refuse_adapter(name, places[name])
+    under = {name: _without_adapter(name, places[name]) for name in ("strong", "base")}
     bodies: dict[tuple[Path, Path | None], Body] = {}
     body_of = []
     for name in named if drafter is None else drafter.members:
         place = places[name]
-        weights, adapter = (places["base"], place) if checkpoint.is_adapter(place) else (place, None)
+        # An expert's adapter sits on the base model, without the adapter that the base itself may be.
+        weights, adapter = (under.get(name, under["base"]), place) if checkpoint.is_adapter(place) else (place, None)
+        _refuse_quantized(name, weights)
         bodies.setdefault((weights, adapter), Body(keys[name], name, weights, adapter))
         body_of.append(list(bodies).index((weights, adapter)))
     return ServingPlan(tuple(bodies.values()), tuple(body_of), strategy, config.vocab_size, drafter)
@@ -101,17 +103,26 @@ def _refuse_own_prompts(config: FusedConfig) -> None:
     if own:
         raise BadSetting(
             f"{', '.join(own)} read prompts of their own.",
-            "vLLM feeds every member the same tokens.",
-            "fuse again without prompts, or use the transformers engine.",
+            "vLLM feeds every member the same tokens at the same positions.",
+            "fuse again without prompts, or use the transformers engine (`trimtab batch --engine transformers`).",
         )
 
 
-def _refuse_adapter(name: str, place: Path) -> None:
-    if checkpoint.is_adapter(place):
-        raise MemberMismatch(
-            f"the {name} model '{place}' is an adapter.",
-            "vLLM merges adapters of experts into the base; other members are models of their own.",
-            "merge it: peft's merge_and_unload(), save_pretrained, then fuse again.",
+def _without_adapter(name: str, place: Path) -> Path:
+    """The model of a strong or base member: its directory, or the one that its adapter names."""
+    return adapter_base(name, place) if checkpoint.is_adapter(place) else place
+
+
+def _refuse_quantized(name: str, directory: Path) -> None:
+    is_file = directory.is_file()  # GGUF
+    config = {} if is_file else checkpoint.read_json(directory / "config.json")
+    parts = (config, config.get("text_config") or {})
+    if is_file or any(part.get("quantization_config") for part in parts):
+        raise UnreadableModel(
+            f"member '{name}' ({directory}) is quantized.",
+            "vLLM keeps one quantization for a whole model, and serves all members in the engine's number type.",
+            "take the member's unquantized weights, or use the transformers engine (`trimtab batch --engine "
+            "transformers`).",
         )
 
 
@@ -121,7 +132,7 @@ def check_body(body: Body, config: Any, vocab_size: int, tensor_parallel: int) -
     config            the member's configuration, as transformers reads it
     vocab_size        tokens that are fused
     tensor_parallel   processes that share each member
-    raises            VocabularyMismatch, BadSetting, UnreadableModel
+    raises            VocabularyMismatch, BadSetting
     """
     text = config.get_text_config(decoder=True)
     if text.vocab_size < vocab_size:
@@ -129,12 +140,6 @@ def check_body(body: Body, config: Any, vocab_size: int, tensor_parallel: int) -
             f"member '{body.member}' scores {text.vocab_size} tokens, {vocab_size} are fused.",
             "Every member must know every token.",
             "fuse again with members that share one tokenizer.",
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnreadableModel(
-            f"member '{body.member}' ({body.directory}) is quantized.",
-            "Members are served in one number type, that of the engine.",
-            "take the member's unquantized weights.",
         )
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
