@@ -5,6 +5,7 @@ The first page is a summary of one screen: targets, verdicts, and which bench me
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def points(folder: Path, page: Path) -> str:
     parts = [
         "# All points of speed and memory",
         "",
-        f"Written by `python -m bench report`; do not edit. The summary is [{page.stem}]({page.name}).",
+        f"Written by `python -m bench report`; do not edit. The summary is [{page.stem}]({page.name}). "
+        "The JSON files in `bench/results` hold every repeat, setting and fact.",
         "",
         INTERVALS,
         "",
@@ -215,8 +217,28 @@ def bench_rows(document: Document, picture: Path, page: Path) -> Iterator[str]:
     yield ""
     cases = harness.cases_of(document)
     yield from shares.seconds_rows(cases)
+    for _, alike in groupby(cases, key=_columns):
+        group = list(alike)
+        yield from _grid(group) if len(group) > 1 and not group[0].beside else (row for c in group for row in _case(c))
+
+
+def _columns(case: Case) -> tuple[object, ...]:
+    """Cases of which this is equal fit into one table."""
+    return case.unit, case.reference, tuple(case.runs), case.beside, tuple(case.left_out)
+
+
+def _grid(cases: Sequence[Case]) -> Iterator[str]:
+    """Cases of the same arms: a row for each, the figure of the reference, and the other arms' ratios to it."""
+    first = cases[0]
+    others = [arm for arm in first.runs if arm != first.reference]
+    yield f"A row for each case: {first.reference} in {first.unit}, and the others' ratios to it."
+    yield ""
+    yield f"| | {' | '.join([f'{first.reference}, {first.unit}', *(f'× {arm}' for arm in others)])} |"
+    yield f"|---|{'---:|' * (len(others) + 1)}"
     for case in cases:
-        yield from _case(case)
+        cells = [spread(figures(case, first.reference)).text(), *(_ratio(spread(ratios(case, arm))) for arm in others)]
+        yield f"| {case.name} | {' | '.join(cells)} |"
+    yield ""
 
 
 def _case(case: Case) -> Iterator[str]:

@@ -214,6 +214,15 @@ def test_bars_judge_the_promised_places_only(other):
     assert bars.BARS[0].worst({"cases": [vars(promised), vars(elsewhere)]})[1].median == 2.5
 
 
+def test_cases_of_the_same_arms_share_a_table(tmp_path):
+    found = [rates(strong_alone=[10.0, 20.0], ours_speculated=[rate, 2 * rate]) for rate in (25.0, 30.0)]
+    write_results(tmp_path, Findings("Decoding", {}, found), is_quick=False)
+    text = report.points(tmp_path, tmp_path / "page.md")
+    assert "| | strong alone, tokens/s | × ours speculated |" in text
+    for ratio in ("2.50 (2.50 – 2.50)", "3.00 (3.00 – 3.00)"):
+        assert f"| centre | 15.00 (10.00 – 20.00) | {ratio} |" in text
+
+
 SCREEN = 60  # lines
 
 
