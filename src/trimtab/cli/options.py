@@ -58,6 +58,19 @@ def add_members(parser: argparse.ArgumentParser) -> None:
         help="how conversations are written: a file with a Jinja template, the template of a member, or a named one; "
         "by default the strong model's, or that of another member",
     )
+    group.add_argument(
+        "--map-token",
+        metavar="EXPERT:A=B",
+        action="append",
+        default=[],
+        help="a special token that was renamed: the expert's token A stands for the strong model's token B; may be "
+        "given several times",
+    )
+    group.add_argument(
+        "--special-tokens",
+        choices=("strong",),
+        help="strong: ids of special tokens mean in every member what they mean in the strong model",
+    )
 
 
 def add_directory(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +157,21 @@ def members_of(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("two experts have the same name.", fix="name each one: --expert NAME=MODEL.")
     prompts = dict(named(prompt, "--prompt") for prompt in args.prompt)
     found = {"strong": args.strong, "base": args.base, "experts": experts, "prompts": prompts or None}
-    return found if args.chat_template is None else found | {"chat_template": args.chat_template}
+    said = {"chat_template": args.chat_template, "special_tokens": args.special_tokens, "token_map": token_map_of(args)}
+    return found | {name: value for name, value in said.items() if value}
+
+
+def token_map_of(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """{expert: {its token: the strong model's}}; raises BadSetting for what cannot be read or is said twice."""
+    from trimtab.models.vocabulary import read_pair
+
+    found: dict[str, dict[str, str]] = {}
+    for text in args.map_token:
+        member, own, token = read_pair(text)
+        if own in found.setdefault(member, {}):
+            raise InputError(f"--map-token names {own} of '{member}' twice.", fix="leave one of them out.")
+        found[member][own] = token
+    return found
 
 
 def named(text: str, option: str, allow_bare: bool = False) -> tuple[str, str]:
@@ -172,9 +199,9 @@ def check_pointed(args: argparse.Namespace) -> None:
         raise InputError(
             "no model was given.", "Expected: a fused directory, or --strong, --base and --expert.", "add one of them."
         )
-    for option, given in (("--prompt", args.prompt), ("--chat-template", args.chat_template)):
-        if args.model and given:
-            raise InputError(f"{option} is part of a fused directory.", fix="give it to `trimtab fuse`.")
+    for name in ("prompt", "chat_template", "map_token", "special_tokens"):
+        if args.model and getattr(args, name):
+            raise InputError(f"{flag_of(name)} is part of a fused directory.", fix="give it to `trimtab fuse`.")
 
 
 def open_fused(args: argparse.Namespace) -> Any:

@@ -15,11 +15,13 @@ from trimtab.core.errors import BadSetting, TrimtabWarning
 from trimtab.logits.forward.encoding import OWN_INPUTS, PromptEncoder
 from trimtab.logits.forward.groups import too_long
 from trimtab.logits.forward.reader import InvalidLogits, Reader
+from trimtab.logits.members import Members
 from trimtab.logits.speculation import generating
 from trimtab.logits.speculation.decode import CostModel
 from trimtab.logits.speculation.plan import AUTO, Plan, refuse
 from trimtab.logits.speculation.report import SpeculationReport, last_report, note_report
 from trimtab.models.prompts import empty_prompt
+from trimtab.models.token_ids import FusedVocabulary
 
 # The call of `generate` that is under way: whose, and its plan. Other threads, and calls within a call, have their own.
 _UNDER_WAY: ContextVar[tuple[Any, Plan] | None] = ContextVar("under_way", default=None)
@@ -43,6 +45,8 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
     reader: Reader
     encoder: PromptEncoder
+    members: Members
+    vocabulary: FusedVocabulary
     _plan: Plan
     _cost_model: CostModel | None = None
     _latest: SpeculationReport = SpeculationReport(reason="nothing was generated yet")
@@ -91,6 +95,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool(mask.any(dim=-1).all()):
             raise empty_prompt("a row of the batch is all padding.")
+        inputs = self._readable(inputs, mask)
         is_fresh = kwargs.get("past_key_values") is None
         if is_fresh and self.has_own_prompts and kwargs.get("member_prompt_ids") is None:
             kwargs |= self._placed(self.encoder.own_inputs(inputs, mask))
@@ -223,8 +228,19 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         if mode not in SPECULATED_MODES:
             _refuse_number(self._plan_under_way())
         if any(mode_kwargs.get("assistant_model") is body for body in self.bodies):
+            self._check_assistant(mode_kwargs["assistant_model"])
             mode_kwargs = {name: value for name, value in mode_kwargs.items() if name != "assistant_model"}
         super()._validate_generation_mode(mode, generation_config, mode_kwargs)
+
+    def _check_assistant(self, assistant: Any) -> None:
+        """Raises BadSetting for a member whose ids are not the fused ones: an assistant's are not translated."""
+        for member in self.members:
+            if member.model is assistant and not self.vocabulary.has_plain_ids(member.name):
+                raise BadSetting(
+                    f"member '{member.name}' cannot be the assistant_model: its token ids are not the fused ones.",
+                    "transformers hands an assistant's tokens on as they are.",
+                    f"let it draft by speculate='auto', speculate_draft='{member.name}', which translates.",
+                )
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Drafts for assisted generation, within the length that was asked for and the fused vocabulary.

@@ -89,7 +89,7 @@ def check_descent(members: Members, read: Callable[[Member, Tensor], Tensor], vo
 
 def _why_no_descendant(expert: Member, base: Member) -> str:
     """What speaks against an expert having been tuned from the base; empty when nothing does."""
-    if expert.model is base.model:
+    if expert.adapter is not None or expert.model is base.model:
         return f"may not descend from the base: {expert.doubt}" if expert.doubt else ""
     cosine = ancestry.weight_cosine(expert.model, base.model)
     if cosine is not None and cosine > ancestry.UNRELATED_COSINE:

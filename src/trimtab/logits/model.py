@@ -32,9 +32,10 @@ from trimtab.logits.speculation.plan import Plan
 from trimtab.logits.strategy.fusion import Strategy, make_strategy, strategy_from_dict
 from trimtab.logits.trace import Trace, TraceStep, trace_steps
 from trimtab.models import prompts as prompt_forms
-from trimtab.models import vocabulary
 from trimtab.models.loading import Placement
 from trimtab.models.prompts import OwnPrompts, PromptForm
+from trimtab.models.token_ids import FusedVocabulary
+from trimtab.models.vocabulary import TokenWords, load_tokenizer
 
 
 class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc]
@@ -65,7 +66,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         self.forms = dict(forms or {})
         # Registered once each, the strong model first: transformers takes device and dtype from the first parameter.
         self.bodies = nn.ModuleList(list({id(member.model): member.model for member in members}.values()))
-        self.reader = Reader(members, self.forms, config.vocab_size, config.one_pass)
+        self.vocabulary = FusedVocabulary.from_dict(config.vocab_size, config.vocabulary)
+        self.reader = Reader(members, self.forms, self.vocabulary, config.one_pass)
         self.encoder = PromptEncoder(tokenizer, self.member_names, self.forms, config.pad_token_id or 0)
         self.strategy = strategy
         self._plan = Plan(config.speculate, config.speculate_draft).check(self.expert_names)
@@ -91,6 +93,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         max_memory: Mapping[Any, Any] | None = None,
         one_pass: OnePass = "auto",
         chat_template: str | None = None,
+        token_map: Mapping[str, Mapping[str, str]] | None = None,
+        special_tokens: str | None = None,
     ) -> "FusedCausalLM":
         """A fused model from loaded models or references (a path, a hub id, `id@revision`, `zoo:NAME`).
 
@@ -106,13 +110,17 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         one_pass        whether small members are read in one forward: "auto", True or False, see the property
         chat_template   how conversations are written: a member's name, the name of one of its templates, a file, or
                         Jinja; None: the strong model's template, or that of another member
+        token_map       {expert: {A: B}}: the expert's token A stands for the strong model's token B, of special tokens
+                        that were renamed
+        special_tokens  "strong": an id of a special token means in all members what it means in the strong model
         raises          VocabularyMismatch, MemberMismatch, UnreadableModel, OfflineError, UnknownName, BadSetting
-        warns           TrimtabWarning for an expert that does not descend from the base, and for chat templates that
-                        differ between experts
+        warns           TrimtabWarning for an expert that does not descend from the base, for chat templates that differ
+                        between experts, and, in one line, for tokens that are cut or have delta 0
         """
         placement = Placement(dtype, device, attn_implementation, quantization_config, max_memory or None)
         members = member_loading.gather(strong, base, experts, placement)
-        fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass, chat_template)
+        words = TokenWords(token_map or {}, special_tokens)
+        fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass, chat_template, words)
         member_loading.check_descent(members, fused.reader.read_alone, fused.config.vocab_size)
         return fused
 
@@ -151,7 +159,9 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         members = member_loading.gather(strong, base, experts, placement, beside=directory)
         strategy = kwargs.get("strategy") or config.strategy
         one_pass = config.one_pass if kwargs.get("one_pass") is None else kwargs["one_pass"]
-        fused = cls._of(members, strategy, vocabulary.load_tokenizer(directory), config.prompts or {}, one_pass)
+        words = TokenWords(config.token_map or {}, config.special_tokens)
+        tokenizer = load_tokenizer(directory)
+        fused = cls._of(members, strategy, tokenizer, config.prompts or {}, one_pass, None, words, is_known=True)
         fused.config.use_cache = config.use_cache if use_cache is None else bool(use_cache)
         fused._set_plan(Plan(config.speculate, config.speculate_draft))
         fused._set_generation(directory, kwargs.get("generation_config"))
@@ -167,8 +177,11 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         prompts: Mapping[str, Any],
         one_pass: OnePass,
         chat_template: str | None = None,
+        words: TokenWords | None = None,
+        is_known: bool = False,
     ) -> "FusedCausalLM":
-        config, tokenizer, forms = saving.settle(members, tokenizer, prompts, one_pass, chat_template)
+        settled = saving.settle(members, tokenizer, prompts, one_pass, chat_template, words, is_known)
+        config, tokenizer, forms = settled
         return cls(config, members, strategy, tokenizer, forms)
 
     def _set_generation(self, directory: Path, given: GenerationConfig | None) -> None:
@@ -244,7 +257,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     @one_pass.setter
     def one_pass(self, one_pass: OnePass) -> None:
-        reader = Reader(self.members, self.forms, self.config.vocab_size, one_pass)
+        reader = Reader(self.members, self.forms, self.vocabulary, one_pass)
         reader.streams = Streams(reader.groups, self.streams)
         self.reader, self.config.one_pass, self._cost_model = reader, one_pass, None
 
@@ -326,6 +339,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = self.reader.new_cache(own)
         past = cache.get_seq_length() if cache is not None else 0
+        if past == 0:
+            input_ids = self._readable(input_ids, attention_mask)
         if own is not None:
             logits_to_keep = kept_after_prompt(own, input_ids.shape[1], past, logits_to_keep, labels is not None)
         logits = self.reader.logits(input_ids, attention_mask, position_ids, cache, own, logits_to_keep)
@@ -336,6 +351,10 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         # In place: nothing else holds these log-probabilities, and they may be large.
         output = CausalLMOutputWithPast(loss=loss, logits=log_probs.add_(zero_point), past_key_values=cache)
         return output if return_dict is not False else output.to_tuple()
+
+    def _readable(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """The ids of a prompt; raises BadSetting for one that is not in the fused vocabulary."""
+        return self.vocabulary.readable(input_ids, mask, self.config.pad_token_id, self.tokenizer)
 
     def _check_inputs(self, input_ids: Tensor | None, mask: Tensor | None, cache: Any, others: dict[str, Any]) -> None:
         check_offered(others)
@@ -391,7 +410,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         if cache is not None and (cache.own is not None or cache.get_seq_length() > 0):
             return cache.own
         if ids is not None and mask is not None and prompt_length is not None:
-            own = self.reader.own_prompts(ids, mask, prompt_length)
+            own = self.reader.own_prompts(self._readable(ids, mask), mask, prompt_length)
             if cache is not None:
                 cache.own = own
             return own

@@ -1,19 +1,22 @@
 """A fused directory: config.json with references, and the tokenizer; no weights. It is put in its place at once."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.errors import BadSetting, UnreadableModel
+from trimtab.core.errors import BadSetting, TrimtabWarning, UnreadableModel
 from trimtab.core.files import atomic_directory
 from trimtab.logits import generation_settings
 from trimtab.logits.config import FusedConfig
 from trimtab.logits.members import Members
-from trimtab.models import checkpoint, references, vocabulary
+from trimtab.models import checkpoint, references
 from trimtab.models.chat_templates import bound_template, template_of, with_chat_template
 from trimtab.models.loading import saved_reference
 from trimtab.models.prompts import PromptForm, padding_left, read_form
 from trimtab.models.references import Reference
+from trimtab.models.token_ids import FusedVocabulary
+from trimtab.models.vocabulary import MemberTokens, TokenWords, fuse_vocabularies
 
 # What a fused directory consists of: the configuration, and the files of any tokenizer. They belong together, so none
 # of an earlier tokenizer's stays beside a new one's.
@@ -32,54 +35,70 @@ def settle(
     prompts: Mapping[str, Any],
     one_pass: bool | str,
     chat_template: str | None = None,
+    words: TokenWords | None = None,
+    is_known: bool = False,
 ) -> tuple[FusedConfig, Any, dict[str, PromptForm]]:
     """What follows from the members before any of them is read: configuration, tokenizer and prompt forms.
 
     tokenizer      what all members share; None: the one beside the strong model, or beside another member
     chat_template  which chat template serves, see `with_chat_template`
+    words          what the user says about renamed special tokens
+    is_known       whether the user has been told which tokens are cut, when the directory was written
     raises         VocabularyMismatch, BadSetting, MemberMismatch, UnknownName
+    warns          TrimtabWarning, one line, where a token is cut or has delta 0
     """
-    tokenizers = {member.name: member.tokenizer for member in members if member.tokenizer is not None}
-    if tokenizer is not None:
-        tokenizers = {"the tokenizer given": tokenizer} | tokenizers
-    vocabulary.check_tokenizers(tokenizers)
-    tokenizer = padding_left(next(iter(tokenizers.values()), None))
-    size = vocabulary.fused_size(tokenizer, {member.name: member.rows for member in members})
+    words = words or TokenWords()
+    known = {member.name: MemberTokens(member.rows, member.embedded, member.tokenizer) for member in members}
+    vocabulary = fuse_vocabularies(known, tokenizer, words)
+    if tokenizer is None:
+        tokenizer = next((member.tokenizer for member in members if member.tokenizer is not None), None)
+    tokenizer = padding_left(tokenizer)
     tokenizer = with_chat_template(tokenizer, template_owners(members), chat_template)
-    config = make_config(members, tokenizer, size)
+    config = make_config(members, tokenizer, vocabulary)
+    if vocabulary.remark and not is_known:
+        warnings.warn(vocabulary.remark, TrimtabWarning, stacklevel=4)
+    config.token_map, config.special_tokens = words.to_dict().get("token_map"), words.special_tokens
     forms = read_forms(members, tokenizer, prompts)
     config.prompts = {name: form.to_dict() for name, form in forms.items()} or None
     config.one_pass = one_pass
     return config, tokenizer, forms
 
 
-def make_config(members: Members, tokenizer: Any, vocab_size: int) -> FusedConfig:
+def make_config(members: Members, tokenizer: Any, vocabulary: FusedVocabulary) -> FusedConfig:
     """The configuration that these members give: special tokens, vocabulary, the shortest context."""
     contexts = [member.context for member in members if member.context is not None]
-    ends = _end_ids(members, vocab_size)
-    bos, pad = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "pad_token_id", None)
+    ends = _end_ids(members, vocabulary)
     strong = members.strong.model.generation_config
-    pad = pad if pad is not None else strong.pad_token_id
+    bos, pad = (
+        next((i for i in (getattr(owner, name, None) for owner in (tokenizer, strong)) if _is_in(i, vocabulary)), None)
+        for name in ("bos_token_id", "pad_token_id")
+    )
     return FusedConfig(
         architectures=["FusedCausalLM"],
-        vocab_size=vocab_size,
+        vocab_size=vocabulary.size,
+        vocabulary=vocabulary.to_dict(),
         max_position_embeddings=min(contexts, default=None),
-        bos_token_id=bos if bos is not None else strong.bos_token_id,
+        bos_token_id=bos,
         eos_token_id=ends[0] if len(ends) == 1 else ends or None,
         pad_token_id=pad if pad is not None else (ends[0] if ends else None),
         dtype=members.strong.model.dtype,
     )
 
 
-def _end_ids(members: Members, vocab_size: int) -> list[int]:
+def _is_in(index: Any, vocabulary: FusedVocabulary) -> bool:
+    return isinstance(index, int) and 0 <= index < vocabulary.size
+
+
+def _end_ids(members: Members, vocabulary: FusedVocabulary) -> list[int]:
     """Where any member ends its text, the fused text ends: a chat expert may end turns with a token of its own."""
-    found: dict[int, None] = {}
+    found: dict[int | None, None] = {}
     for member in members:
         ends = member.model.generation_config.eos_token_id
         listed = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        tokenizer_end = getattr(member.tokenizer, "eos_token_id", None)
-        found |= dict.fromkeys(listed + ([] if tokenizer_end is None else [tokenizer_end]))
-    return [end for end in found if 0 <= end < vocab_size]
+        tokenizer_end = getattr(member.chat_tokenizer, "eos_token_id", None)
+        own = listed + ([] if tokenizer_end is None else [tokenizer_end])
+        found |= dict.fromkeys(vocabulary.fused_id(member.name, end) for end in own)
+    return [end for end in found if end is not None]
 
 
 def template_owners(members: Members) -> dict[str, Any]:

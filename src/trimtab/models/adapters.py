@@ -13,6 +13,9 @@ from trimtab.models.checkpoint import read_json
 from trimtab.models.locks import model_lock
 from trimtab.models.shared_storage import ModuleChangeDetector
 
+# Of resized embeddings, and of tokens trained in tied ones, peft writes the same numbers under a second name.
+WRITTEN_TWICE = (".modules_to_save.weight", ".token_adapter.trainable_tokens_delta")
+
 
 class AdapterSwitch:
     """Turns a model's adapters on and off, layer by layer; `None` is the bare model.
@@ -96,11 +99,12 @@ class AdapterSwitch:
                 f"its adapter_config.json names '{config.base_model_name_or_path}': pass that one as base.",
             ) from error
         missing = [key for key in result.missing_keys if adapter in key]
-        if missing or result.unexpected_keys:
-            keys = missing or list(result.unexpected_keys)
+        unknown = [key for key in result.unexpected_keys if not key.endswith(WRITTEN_TWICE)]
+        if missing or unknown:
+            keys = missing or unknown
             raise UnreadableModel(
                 f"the adapter '{name}' ({directory}) does not fill its layers: {len(missing)} weights are missing, "
-                f"{len(result.unexpected_keys)} have no place (such as {keys[0]}).",
+                f"{len(unknown)} have no place (such as {keys[0]}).",
                 "An adapter with missing weights would silently be another one.",
                 "save the adapter again with save_pretrained.",
             )

@@ -1,5 +1,7 @@
 """Is an expert a child of the base? Its delta says what tuning taught only if it is."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,13 +12,16 @@ SAMPLED = 65_536  # weights looked at per matrix
 PROBES, PROBE_TOKENS = 4, 32
 
 
-def weight_cosine(expert: nn.Module, base: nn.Module) -> float | None:
+def weight_cosine(expert: Any, base: Any) -> float | None:
     """Cosine between the weight matrices of two models; None when their shapes differ.
 
     Vectors (biases, norms) are left out: they start at the same constants in every model. Of each matrix an even
     sample is read, so that large models take seconds.
     """
     experts, bases = _matrices(expert), _matrices(base)
+    for name in (experts.keys() & bases.keys()) & (_embeddings(expert) & _embeddings(base)):
+        rows = min(len(experts[name]), len(bases[name]))  # tokens may have been added in tuning
+        experts[name], bases[name] = experts[name][:rows], bases[name][:rows]
     if {name: m.shape for name, m in experts.items()} != {name: m.shape for name, m in bases.items()}:
         return None
     dot = expert_square = base_square = 0.0
@@ -37,6 +42,13 @@ def probe_ids(vocab_size: int) -> Tensor:
     """Fixed token sequences [batch, time] to compare models on; the same for every model of this vocabulary."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (PROBES, PROBE_TOKENS), generator=generator)
+
+
+def _embeddings(model: Any) -> set[str]:
+    """Names of the matrices that have a row for each token."""
+    own = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {f"{own[id(end)]}.weight" for end in ends if id(end) in own}
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """From references to models: each directory is loaded once, adapters share their base, nothing is fetched twice."""
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 
 from trimtab.core.errors import BadSetting, MemberMismatch, UnreadableModel, unknown_name
 from trimtab.models import adapters, checkpoint, kinds, quantization, references, vocabulary
+from trimtab.models.adapter_vocabulary import adapter_vocabulary
 from trimtab.models.context import context_of
 from trimtab.models.opening import is_spread, load_model
 from trimtab.models.references import Reference
+from trimtab.models.token_ids import FusedVocabulary
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Member:
     doubt      of an expert that is an adapter: why the base may not be the model that it was trained on; empty when
                that was checked
     tokenizer_beside   of an adapter: the tokenizer in its directory, which says nothing about the ids of its base
+    vocabulary         of the fused model, once it is known: it says what the member reads for each id
     """
 
     name: str
@@ -87,6 +91,7 @@ class Member:
     tokenizer: Any = None
     doubt: str = ""
     tokenizer_beside: Any = None
+    vocabulary: FusedVocabulary | None = None
 
     @property
     def chat_tokenizer(self) -> Any:
@@ -99,6 +104,16 @@ class Member:
         head = self.model.get_output_embeddings()
         weight = getattr(head, "weight", None)
         return int(weight.shape[0]) if weight is not None else int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def embedded(self) -> int:
+        """Rows of the input embeddings: ids from here on cannot be read."""
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        return int(weight.shape[0]) if weight is not None else self.rows
+
+    def read_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The ids that this member reads for ids of the fused vocabulary."""
+        return input_ids if self.vocabulary is None else self.vocabulary.read(self.name, input_ids)
 
     @property
     def context(self) -> int | None:
@@ -138,11 +153,15 @@ class MemberLoader:
         if not checkpoint.is_adapter(directory):
             return Member(name, self._load(name, reference, directory), None, reference, directory, tokenizer)
         under, doubt = self._under(name, directory, base)
+        tokens = adapter_vocabulary(name, directory, under.model)
+        if tokens.is_separate:
+            under = replace(under, model=self._resized(name, directory, under, tokens.rows))
         switch = self.switches.setdefault(id(under.model), adapters.switch_for(under.model))
         key = ("adapter", directory, id(under.model))
         if key not in self._models:
             self._models[key] = switch.attach(name, directory)
-        return Member(name, under.model, self._models[key], reference, directory, tokenizer or under.tokenizer, doubt)
+        own = tokenizer if tokens.is_changed and tokenizer is not None else under.tokenizer
+        return Member(name, under.model, self._models[key], reference, directory, own, doubt, tokenizer)
 
     def _given(self, name: str, model: Any, base: Member | None) -> Member:
         """A member from a loaded model; a peft model stands for its active adapter on its base."""
@@ -183,14 +202,42 @@ class MemberLoader:
             return base, _doubt(recorded, located, base)
         return self.member(name, _base_reference(name, directory)), ""
 
+    def _resized(self, name: str, directory: Path, under: Member, rows: int) -> Any:
+        """A model of its own for an adapter that changes the embeddings: the shared base stays bare."""
+        key = ("resized", directory, id(under.model))
+        if key not in self._models:
+            if under.directory is not None:
+                reference = under.reference or Reference(str(under.directory))
+                model = self._fresh(under.name, reference, under.directory)
+            elif adapters.has_adapters(under.model):
+                raise MemberMismatch(
+                    f"the adapter '{name}' brings embeddings, and its base is a loaded model with other adapters.",
+                    "Such an adapter needs a copy of the bare base.",
+                    "pass the base as a directory.",
+                )
+            else:
+                model = copy.deepcopy(under.model)
+            model.resize_token_embeddings(rows, mean_resizing=False)
+            self._models[key] = model
+        return self._models[key]
+
     def _load(self, name: str, reference: Reference, directory: Path) -> Any:
         dtype, device = self._placement.dtype_of(name, reference), self._placement.device_of(name)
         quantized = self._placement.quantization_of(name)
         key = (directory, str(dtype), str(device), str(quantized))
         if key not in self._models:
-            attention, memory = self._placement.attn_implementation, self._memory_left()
-            self._models[key] = load_model(name, directory, dtype, device, attention, quantized, memory)
+            self._models[key] = self._fresh(name, reference, directory)
         return self._models[key]
+
+    def _fresh(self, name: str, reference: Reference, directory: Path) -> Any:
+        """A model that nobody else holds."""
+        placement = self._placement
+        dtype, device, quantized = (
+            placement.dtype_of(name, reference),
+            placement.device_of(name),
+            placement.quantization_of(name),
+        )
+        return load_model(name, directory, dtype, device, placement.attn_implementation, quantized, self._memory_left())
 
     def _memory_left(self) -> dict[Any, int] | None:
         """What the members loaded so far leave of `max_memory`, in bytes per device; None: no limit was given."""

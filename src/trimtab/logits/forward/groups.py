@@ -1,7 +1,7 @@
 """Groups: what is read in one forward. A group reads the same number of new tokens for one or several runs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,10 @@ class ForwardGroup:
         """
         for member, feed in zip(self.members, all_inputs, strict=True):
             _check_context(member, feed)
+        all_inputs = [
+            replace(feed, input_ids=member.read_ids(feed.input_ids))
+            for member, feed in zip(self.members, all_inputs, strict=True)
+        ]
         feed = all_inputs[0] if len(all_inputs) == 1 else _joined(all_inputs)
         device = self.members[0].model.device
         keep = logits_to_keep.to(device) if isinstance(logits_to_keep, Tensor) else logits_to_keep

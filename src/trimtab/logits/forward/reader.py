@@ -1,5 +1,6 @@
 """Runs the members on the same tokens: one forward per group, each on its own device, prompts and cache."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from trimtab.logits.forward.streams import Streams
 from trimtab.logits.members import Members
 from trimtab.models.loading import Member
 from trimtab.models.prompts import OwnPrompts, PromptForm, positions_of
+from trimtab.models.token_ids import FusedVocabulary
 
 # Numbers that one chunk of rows may hold in each of a strategy's temporaries: 2^22 doubles are 32 MiB.
 CHUNK_NUMBERS = 2**22
@@ -64,11 +66,15 @@ class Reader:
     """
 
     def __init__(
-        self, members: Members, forms: Mapping[str, PromptForm], vocab_size: int, one_pass: OnePass = "auto"
+        self, members: Members, forms: Mapping[str, PromptForm], vocabulary: FusedVocabulary, one_pass: OnePass = "auto"
     ) -> None:
-        self._members, self._vocab_size = members, vocab_size
+        self._members, self._vocabulary, self._vocab_size = members, vocabulary, vocabulary.size
+        for member in members:
+            member.vocabulary = vocabulary
         runs: dict[Any, Member] = {}
-        keys = [(id(m.model), m.adapter, forms.get(m.name, PromptForm())) for m in members]
+        # Members of one model whose ids stand for other tokens read other ids.
+        ids = {name: json.dumps(vocabulary.ids_of(name).to_dict()) for name in (member.name for member in members)}
+        keys = [(id(m.model), m.adapter, forms.get(m.name, PromptForm()), ids[m.name]) for m in members]
         for key, member in zip(keys, members, strict=True):
             runs.setdefault(key, member)
         self.runs = list(runs.values())
@@ -158,7 +164,11 @@ class Reader:
         feed = ForwardInputs(input_ids, None, _positions(None, None, input_ids, 0), input_ids.shape[1])
         with torch.no_grad():
             logits = ForwardGroup([0], [member], OneModel(member)).read([feed])[0]
-        return logits[..., : self._vocab_size].float().cpu()
+        return self._vocabulary.align(member.name, logits).float().cpu()
+
+    def aligned(self, run: int, scores: Float[Tensor, "*rows own"]) -> Float[Tensor, "*rows vocab"]:
+        """A run's logits for the fused ids, -inf where it has no say: see `FusedVocabulary.align`."""
+        return self._vocabulary.align(self.runs[run].name, scores)
 
     def log_probs(
         self,
@@ -189,7 +199,7 @@ class Reader:
         self, logits: Sequence[Tensor], rows: Tensor, kept: int, start: int, marks: dict[int, int] | None
     ) -> MemberLogProbs:
         device = logits[0].device
-        fused_logits = [scores[:, : self._vocab_size].to(device, torch.float32) for scores in logits]
+        fused_logits = [self.aligned(run, scores).to(device, torch.float32) for run, scores in enumerate(logits)]
         laws = [scores.log_softmax(dim=-1) for scores in fused_logits]
         zero_point = zero_point_of(fused_logits[0])
         # One NaN makes its whole row NaN in the log-softmax, and so does a row of nothing but -inf: one column tells.

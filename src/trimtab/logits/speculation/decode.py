@@ -106,12 +106,11 @@ class SpeculativeDecoder:
         report: SpeculationReport,
         rule: str,
         do_sample: bool,
-        vocab_size: int,
     ) -> None:
         self._reading, self._reader = reading, reading.reader
         self._strategy, self._names, self._run_of = strategy, tuple(expert_names), self._reader.run_named
         self._rows, self._scorer, self._cost_model = rows, scorer, meter
-        self._do_sample, self._vocab = do_sample, vocab_size
+        self._do_sample = do_sample
         self._rule = drafting.settled(rule, strategy, self._names, self._reader.is_one_forward)
         self._length = DraftLength(fixed_length, meter.histories.get(self._rule))
         self._lately = torch.zeros(len(self._names))
@@ -191,7 +190,7 @@ class SpeculativeDecoder:
         if 0 in groups:  # one of them is the strong model, which shall read the prompt with the draft
             return self._lately
         self._read(groups, nothing, read, logits)
-        base, *experts = (self._law(logits[self._run_of[name]][:, -1]) for name in small)
+        base, *experts = (self._law(run, logits[run][:, -1]) for run in (self._run_of[name] for name in small))
         pieces = zip(*(torch.split(law, self._reader.chunk_rows) for law in (base, *experts)), strict=True)
         fusions = [self._strategy(own, own, torch.stack(others)) for own, *others in pieces]
         return torch.cat([_weights(fusion) for fusion in fusions], dim=1).mean(dim=1).cpu()
@@ -245,9 +244,9 @@ class SpeculativeDecoder:
         runs = [self._run_of[name] for name in drafter.members]
         for drafted in range(length):
             self._read(serial, ids[:, -1:] if scores else last, read, logits)
-            law = drafter.log_probs([self._law(logits[run][:, -1]) for run in runs])
+            law = drafter.log_probs([self._law(run, logits[run][:, -1]) for run in runs])
             # On the scale of its first member's logits, since processors treat it as they treat the fused logits.
-            law = law + self._zero_point(logits[runs[0]][:, -1])
+            law = law + self._zero_point(runs[0], logits[runs[0]][:, -1])
             behind = self._scorer(law.unsqueeze(1), texts, self._rows.active, ids, drafted, reach)[:, 0]
             scores.append(self._scorer.drawable(behind))
             tokens = draw(scores[-1], self._do_sample)
@@ -291,17 +290,17 @@ class SpeculativeDecoder:
                 name = self._reader.runs[run].name
                 self.report.seconds[name] = self.report.seconds.get(name, 0.0) + seconds / len(runs)
 
-    def _law(self, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row vocab"]:
+    def _law(self, run: int, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row vocab"]:
         """A drafting run's law from its logits at a position, where the strong model's stands.
 
         Logits that make no law are for the fused law to tell of, if the text comes there; any draft will do here.
         """
-        law = scores[:, : self._vocab].to(self._rows.device, torch.float32).log_softmax(dim=-1)
+        law = self._reader.aligned(run, scores).to(self._rows.device, torch.float32).log_softmax(dim=-1)
         return uniform_where(law[:, 0].isnan(), law)
 
-    def _zero_point(self, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row 1"]:
+    def _zero_point(self, run: int, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row 1"]:
         """The log-sum-exp of a drafting run's logits; 0 where they make no distribution."""
-        zero_point = zero_point_of(scores[:, : self._vocab].to(self._rows.device, torch.float32))
+        zero_point = zero_point_of(self._reader.aligned(run, scores).to(self._rows.device, torch.float32))
         return zero_point.masked_fill(~zero_point.isfinite(), 0.0)
 
     # ---- the fused law

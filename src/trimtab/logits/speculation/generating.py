@@ -158,7 +158,6 @@ def _decoder(
         report,
         plan.draft,
         bool(task.config.do_sample),
-        model.config.vocab_size,
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,6 +31,16 @@ class Step:
     def deltas(self) -> DeltaTargets:
         """Every expert's delta, with its own targets."""
         return measure_deltas(self.strong, self.base, self.experts)
+
+    @property
+    def completed_experts(self) -> Float[Tensor, "expert batch vocab"]:
+        """The experts' distributions, completed by the strong model's where no small member knows a token.
+
+        An average with the strong model then leaves such tokens to the strong model alone.
+        """
+        is_unknown = (self.base == -torch.inf) & (self.experts == -torch.inf).all(dim=0)
+        unknown_mass = self.strong.exp().masked_fill(~is_unknown, 0.0).sum(dim=-1, keepdim=True).clamp_max(1.0)
+        return torch.where(is_unknown, self.strong, self.experts + torch.log1p(-unknown_mass))
 
     def narrow(self, expert: Int[Tensor, " batch"]) -> "Step":
         """The same step with one expert per row, given by `expert` [batch]: the others are not looked at."""

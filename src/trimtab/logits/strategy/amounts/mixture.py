@@ -30,11 +30,11 @@ class Mixture:
 
     def log_probs(self, step: Step) -> Float[Tensor, "expert batch vocab"]:
         """The mean of the strong model and each expert alone."""
-        return self._mean(step.strong.expand_as(step.experts), step.experts)
+        return self._mean(step.strong.expand_as(step.experts), step.completed_experts)
 
     def joint_log_probs(self, step: Step) -> Float[Tensor, "batch vocab"]:
         """The mean of the strong model and all experts."""
-        return self._mean(step.strong, step.experts.logsumexp(dim=0) - math.log(step.experts.shape[0]))
+        return self._mean(step.strong, step.completed_experts.logsumexp(dim=0) - math.log(step.experts.shape[0]))
 
     def _mean(self, strong: Tensor, expert: Tensor) -> Tensor:
         if self.weight in (0.0, 1.0):  # log 0 has no place below

@@ -30,11 +30,11 @@ class Product:
 
     def log_probs(self, step: Step) -> Float[Tensor, "expert batch vocab"]:
         """The mean of the strong model and each expert alone."""
-        return self._mean(step.strong.expand_as(step.experts), step.experts)
+        return self._mean(step.strong.expand_as(step.experts), step.completed_experts)
 
     def joint_log_probs(self, step: Step) -> Float[Tensor, "batch vocab"]:
         """The mean of the strong model and all experts."""
-        return self._mean(step.strong, step.experts.mean(dim=0))
+        return self._mean(step.strong, step.completed_experts.mean(dim=0))
 
     def _mean(self, strong: Tensor, expert: Tensor) -> Tensor:
         # A weight of zero must not meet a log-probability of -inf.
