@@ -44,11 +44,6 @@ def load_tokenizer(directory: Path) -> Any | None:
         ) from error
 
 
-def token_count(tokenizer: Any) -> int:
-    """How many ids a tokenizer can give: its largest id plus one."""
-    return int(max(tokenizer.get_vocab().values())) + 1
-
-
 @dataclass(frozen=True)
 class TokenWords:
     """What the user says about special tokens that members have under different names.
