@@ -6,8 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from trimtab import FusedCausalLM
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("getting-started", "fused-models", "own-models", "prompts", "speculation")
+
+
+def test_the_readmes_lines_run_and_pad_on_the_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    FusedCausalLM.from_members("zoo:strong", "zoo:small", {"facts": "zoo:small/facts"}).save_pretrained("fused")
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "from_pretrained" in b)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["inputs"]["attention_mask"][:, -1].all()
+    assert not names["inputs"]["attention_mask"].all()
 
 
 @pytest.mark.parametrize("name", PAGES)
