@@ -15,6 +15,7 @@ from trimtab.core.errors import unknown_name
 STUDIES: dict[str, str] = {
     "dlf": "trimtab.studies.dlf.study",
     "regime": "trimtab.studies.regime.study",
+    "task_arithmetic": "trimtab.studies.task_arithmetic.study",
 }
 
 
@@ -42,6 +43,10 @@ class Tools:
 
     advance: Callable[[str, int, int], None]
     claim: Callable[[Path], Path]
+
+    def on_cell(self, cell: Any, done: int, total: int) -> None:
+        """Shows the progress of `run_conditions`."""
+        self.advance(f"{cell.task}: {cell.condition.name}", done, total)
 
 
 @runtime_checkable

@@ -2,9 +2,19 @@
 
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import InputError, unknown_name
+
+
+def add_draws(parser: Any, items: int, seeds: str, output: Path | None, kind: str) -> None:
+    """Which pairs, how many items of how many draws, and where to write a page of this kind."""
+    parser.add_argument("--pairs", metavar="NAMES", help="comma-separated: far, close; both by default")
+    parser.add_argument("--items", type=positive, default=items, metavar="N", help="items per task and draw")
+    parser.add_argument("--seeds", metavar="NUMBERS", default=seeds, help="comma-separated, one draw of items each")
+    parser.add_argument("-o", "--output", metavar="PATH", type=Path, default=output, help=kind)
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
 
 
 def positive(text: str) -> int:

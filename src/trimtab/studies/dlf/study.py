@@ -17,27 +17,17 @@ from trimtab.core.files import write_whole
 from trimtab.measure.pages import finite, replace_between_markers
 from trimtab.measure.stamps import versions
 from trimtab.studies import Outcome, Tools
-from trimtab.studies.options import names_of, numbers_of, positive
+from trimtab.studies.models import SMALL_OF
+from trimtab.studies.options import add_draws, names_of, numbers_of
 
 EXAMPLE = "trimtab study dlf --items 20 --seeds 0,1 --pairs far -o runs/results.md"
-PAIRS = {"far": "far", "close": "close"}
 
 
 def add_arguments(parser: Any) -> None:
     """How much to measure, where to write."""
-    parser.add_argument("--pairs", metavar="NAMES", help="comma-separated: far, close; both by default")
-    parser.add_argument("--items", type=positive, default=500, metavar="N", help="items per task and draw")
-    parser.add_argument("--seeds", metavar="NUMBERS", default="0,1,2", help="comma-separated, one draw of items each")
+    add_draws(parser, 500, "0,1,2", Path("docs/results.md"), "page (.md), or report folder of one pair and draw")
     parser.add_argument("--tasks", metavar="NAMES", help="comma-separated; all tasks of the zoo by default")
     parser.add_argument("--quick", action="store_true", help="leave out the strategies that `trimtab demo` leaves out")
-    where = {"metavar": "PATH", "type": Path, "default": Path("docs/results.md")}
-    parser.add_argument("-o", "--output", **where, help="page (.md), or report folder of one pair and draw")
-    add_page_arguments(parser)
-
-
-def add_page_arguments(parser: Any) -> None:
-    """What is done with a page."""
-    parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument(
         "--redraw", action="store_true", help="measure nothing; write page and pictures again from the JSON beside"
     )
@@ -53,7 +43,7 @@ def run(args: Namespace, tools: Tools) -> Outcome:
         if not is_page:
             raise InputError("no page was named.", "Its data lies beside it.", "pass -o PAGE.md.")
         return update_readme(args.update_readme, args.output) if args.update_readme else redraw(args.output, tools)
-    seeds, pairs = numbers_of(args.seeds, "--seeds"), names_of(args.pairs, PAIRS, "pair")
+    seeds, pairs = numbers_of(args.seeds, "--seeds"), names_of(args.pairs, SMALL_OF, "pair")
     if is_page:
         return run_page(args, pairs, seeds, tools)
     if len(seeds) * len(pairs) > 1:
@@ -88,7 +78,7 @@ def measure(args: Namespace, pair: str, seeds: Sequence[int], tools: Tools) -> d
         zoo.TASKS,
         items,
         seed_of,
-        lambda cell, done, total: tools.advance(f"{cell.task}: {cell.condition.name}", done, total),
+        tools.on_cell,
     )
     return {"models": models, "draws": draws, "items": items, "records": records, "seconds": perf_counter() - started}
 

@@ -1,0 +1,1 @@
+"""Small experts merged by task arithmetic, steering the strong model as one expert."""
