@@ -6,7 +6,7 @@ from trimtab.cli import output
 from trimtab.core.errors import TrimtabError
 from trimtab.studies import STUDIES, Tools, find_study
 
-EXAMPLE = "trimtab study regime --items 20"
+EXAMPLE = "trimtab study task_arithmetic --items 10 --seeds 0 --pairs far"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
