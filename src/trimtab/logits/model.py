@@ -32,6 +32,7 @@ from trimtab.logits.speculation.plan import Plan
 from trimtab.logits.strategy.fusion import Strategy, make_strategy, strategy_from_dict
 from trimtab.logits.trace import Trace, TraceStep, trace_steps
 from trimtab.models import prompts as prompt_forms
+from trimtab.models.conversations import ChatArguments
 from trimtab.models.loading import Placement
 from trimtab.models.prompts import OwnPrompts, PromptForm
 from trimtab.models.token_ids import FusedVocabulary
@@ -391,15 +392,20 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     # ---- prompts
 
-    def encode(self, prompts: Any) -> dict[str, Any]:
+    def encode(self, prompts: Any, **chat: Any) -> dict[str, Any]:
         """Model inputs of one or several prompts (texts or conversations), left-padded, for `generate(**inputs)`.
 
         `input_ids` is the shared, plain prompt. Where members have prompts of their own, their renderings travel along
         as `member_prompt_ids` and `member_prompt_mask` [batch, member, time], with the shared `prompt_length`.
 
-        raises    EmptyPrompt; BadSetting without a tokenizer
+        A conversation that ends with the assistant's turn is to be continued, as in transformers' pipelines.
+
+        chat      for conversations, as apply_chat_template takes them: tools, documents, continue_final_message,
+                  add_generation_prompt, chat_template (Jinja or a name) and variables such as enable_thinking
+        raises    EmptyPrompt; BadSetting without a tokenizer, for content that is no text, and for `chat` beside a text
+        warns     TrimtabWarning for a variable that no chat template reads
         """
-        return self._placed(self.encoder.encode(prompts))
+        return self._placed(self.encoder.encode(prompts, ChatArguments.of(chat)))
 
     def _placed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: part.to(self.device) if isinstance(part, Tensor) else part for name, part in inputs.items()}
@@ -425,17 +431,27 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     # ---- generating and scoring
 
-    def generate_text(self, prompts: Any, **kwargs: Any) -> list[str]:
-        """The continuations of one or several prompts, as text; kwargs are those of `generate`."""
-        inputs: dict[str, Any] = self.encode(prompts)
+    def generate_text(
+        self, prompts: Any, chat_template_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> list[str]:
+        """The continuations of one or several prompts, as text.
+
+        chat_template_kwargs    what `encode` takes for conversations; kwargs are those of `generate`
+        """
+        inputs: dict[str, Any] = self.encode(prompts, **chat_template_kwargs or {})
         output = self.generate(**inputs, **kwargs)
         sequences = output if isinstance(output, Tensor) else output.sequences
         new_tokens = sequences[:, inputs["input_ids"].shape[1] :]
         return list(self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True))
 
-    def score(self, prompts: Any, continuations: Sequence[str]) -> Float[Tensor, " batch"]:
-        """Log-likelihood of each continuation after its prompt, in nats, summed over its tokens: [batch]."""
-        inputs = self.encode(prompts)
+    def score(
+        self, prompts: Any, continuations: Sequence[str], chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> Float[Tensor, " batch"]:
+        """Log-likelihood of each continuation after its prompt, in nats, summed over its tokens: [batch].
+
+        chat_template_kwargs    what `encode` takes for conversations
+        """
+        inputs = self.encode(prompts, **chat_template_kwargs or {})
         if len(continuations) != inputs["input_ids"].shape[0]:
             raise BadSetting(
                 f"there are {inputs['input_ids'].shape[0]} prompts and {len(continuations)} continuations.",
@@ -455,12 +471,15 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     # ---- tracing
 
-    def trace(self, prompt: Any, **kwargs: Any) -> Trace:
-        """Generates after one prompt (a text, a conversation, or token ids [time]) and records every step."""
+    def trace(self, prompt: Any, chat_template_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> Trace:
+        """Generates after one prompt (a text, a conversation, or token ids [time]) and records every step.
+
+        chat_template_kwargs    what `encode` takes for conversations; kwargs are those of `generate`
+        """
         if isinstance(prompt, Tensor):
             inputs: dict[str, Any] = {"input_ids": prompt.reshape(1, -1).to(self.device)}
         else:
-            inputs = self.encode(prompt)
+            inputs = self.encode(prompt, **chat_template_kwargs or {})
         if inputs["input_ids"].shape[0] > 1:
             raise BadSetting("trace takes one prompt.", fix="call generate(**fused.encode(prompts), trace=True).")
         traces = self.generate(**inputs, **kwargs, trace=True)

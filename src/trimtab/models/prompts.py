@@ -15,10 +15,19 @@ from torch import Tensor
 
 from trimtab.core.errors import BadSetting, EmptyPrompt, MemberMismatch
 from trimtab.models.chat_templates import Template, named_template, template_of
+from trimtab.models.conversations import (
+    TOOL_USE,
+    ChatArguments,
+    Message,
+    checked_messages,
+    chosen_template,
+    render_conversation,
+    text_of_message,
+)
 
-Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 PLACE = "{prompt}"
+NOTHING_ASKED = ChatArguments()
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,13 @@ class PromptForm:
     template    text around the prompt, e.g. "Question: {prompt}\\nAnswer:"; None for chat
     chat        the chat template; None: the template above, or the plain prompt
     system      a system message to go first in a chat
+    tool_chat   the chat template where there are tools; None: the same
     """
 
     template: str | None = None
     chat: str | None = None
     system: str | None = None
+    tool_chat: str | None = None
 
     def __post_init__(self) -> None:
         if self.template is not None and self.chat is not None:
@@ -53,10 +64,18 @@ class PromptForm:
 
     def to_dict(self) -> dict[str, str]:
         """For `config.json`."""
-        parts = {"template": self.template, "chat": self.chat, "system": self.system}
+        parts = {"template": self.template, "chat": self.chat, "system": self.system, "tool_chat": self.tool_chat}
         return {name: value for name, value in parts.items() if value is not None}
 
-    def render(self, tokenizer: Any, prompt: Prompt) -> list[int]:
+    def template_for(self, tokenizer: Any, chat: ChatArguments) -> str | None:
+        """The chat template that conversations of this member go through; None for a text with {prompt}."""
+        if self.template is not None:
+            return None
+        if self.chat is not None:
+            return self.tool_chat if chat.values.get("tools") and self.tool_chat is not None else self.chat
+        return chosen_template(template_of(tokenizer), chat)
+
+    def render(self, tokenizer: Any, prompt: Prompt, chat: ChatArguments = NOTHING_ASKED) -> list[int]:
         """Token ids of this member's prompt.
 
         A conversation (a list of {"role", "content"}) goes through the chat template; a plain or templated member
@@ -64,36 +83,29 @@ class PromptForm:
 
         raises    BadSetting for a conversation that the template refuses, and a text that cannot be tokenized
         """
-        if self.chat is not None:
-            return self._render_chat(tokenizer, prompt, self.chat)
         if self.template is not None:
-            return ids_of(tokenizer, self.template.replace(PLACE, text_of(prompt)))
-        if isinstance(prompt, str):
+            return ids_of(tokenizer, self._templated(self.template, prompt, chat))
+        if self.chat is None and isinstance(prompt, str):
             return ids_of(tokenizer, prompt)
-        if tokenizer.chat_template is None:
+        template = self.template_for(tokenizer, chat)
+        if template is None:
             raise BadSetting(
                 "the prompt is a conversation, but the tokenizer has no chat template, nor has any member.",
                 "Conversations are written by the chat template of the tokenizer, or of a member.",
                 "pass a text, or give a template: --chat-template FILE (chat_template= in Python).",
             )
-        return self._render_chat(tokenizer, prompt, named_template("the tokenizer", template_of(tokenizer)))
-
-    def _render_chat(self, tokenizer: Any, prompt: Prompt, chat: str | None) -> list[int]:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if self.system is not None and messages[0].get("role") != "system":
+        messages = checked_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        options = {"chat_template": chat, "tokenize": False, "add_generation_prompt": True}
-        try:
-            text = tokenizer.apply_chat_template(messages, **options)
-        except (ImportError, MemoryError):  # no fault of the conversation
-            raise
-        except Exception as error:  # a template is a program: it refuses by raising, and may fail in any way
-            raise BadSetting(
-                f"the chat template refuses the conversation: {type(error).__name__}: {error}",
-                "Which roles may speak, and in which order, is the template's to say.",
-                "send messages that it takes, or give the model another chat template.",
-            ) from error
+        text = render_conversation(tokenizer, messages, template, chat)
+        # The template writes the special tokens itself: the tokenizer's own would begin the text twice.
         return _tokens(tokenizer, text, add_special_tokens=False)
+
+    def _templated(self, template: str, prompt: Prompt, chat: ChatArguments) -> str:
+        """A begun answer follows the text around the prompt, which ends where an answer begins."""
+        if isinstance(prompt, str) or len(prompt) < 2 or not chat.continues(prompt):
+            return template.replace(PLACE, text_of(prompt))
+        return template.replace(PLACE, text_of(prompt[:-1])) + text_of(prompt[-1:])
 
 
 def read_form(member: str, spec: Any, chat_template: Template | None) -> PromptForm:
@@ -110,7 +122,7 @@ def read_form(member: str, spec: Any, chat_template: Template | None) -> PromptF
     if isinstance(spec, str) and spec != "chat":
         return PromptForm(template=spec)
     parts = {"chat": True} if spec == "chat" else dict(spec)
-    unknown = sorted(set(parts) - {"template", "chat", "system"})
+    unknown = sorted(set(parts) - {"template", "chat", "system", "tool_chat"})
     if unknown:
         raise BadSetting(
             f"the prompt of '{member}' has unknown parts: {', '.join(unknown)}.",
@@ -125,6 +137,8 @@ def read_form(member: str, spec: Any, chat_template: Template | None) -> PromptF
                 f'pass the template itself: prompts={{"{member}": {{"chat": JINJA}}}}, or a text with {{prompt}}.',
             )
         parts["chat"] = named_template(f"member '{member}'", chat_template)
+        if isinstance(chat_template, dict) and TOOL_USE in chat_template:
+            parts["tool_chat"] = chat_template[TOOL_USE]
     elif isinstance(chat_template, dict):
         parts["chat"] = chat_template.get(str(parts.get("chat")), parts.get("chat"))
     return PromptForm(**parts)
@@ -132,12 +146,19 @@ def read_form(member: str, spec: Any, chat_template: Template | None) -> PromptF
 
 def text_of(prompt: Prompt) -> str:
     """The prompt as text: a conversation is its contents, line by line."""
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(map(text_of_message, checked_messages(prompt)))
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer adds by itself."""
-    return _tokens(tokenizer, text)
+    """Token ids of a text, with the special tokens that the tokenizer adds by itself.
+
+    A text that begins with the beginning-of-text token, as rendered chats do, has it once.
+    """
+    ids = _tokens(tokenizer, text)
+    token, bos = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if not isinstance(token, str) or not text.startswith(token) or text.startswith(token * 2):
+        return ids
+    return ids[1:] if ids[:2] == [bos, bos] else ids
 
 
 def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
@@ -169,11 +190,15 @@ def as_prompts(prompts: Any) -> list[Prompt]:
         prompts = [prompts]
     rows: list[Prompt] = list(prompts)
     for row, prompt in enumerate(rows):
-        if len(prompt) == 0 or text_of(prompt) == "":
+        if len(prompt) == 0 or not (text_of(prompt) or _calls_tools(prompt)):
             raise empty_prompt(f"prompt {row} of {len(rows)} is empty.")
     if not rows:
         raise empty_prompt("there is no prompt.")
     return rows
+
+
+def _calls_tools(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and any(message.get("tool_calls") for message in prompt)
 
 
 def empty_prompt(found: str) -> EmptyPrompt:
