@@ -13,8 +13,8 @@ from trimtab.logits.speculation.decode import SpeculativeDecoder
 from trimtab.logits.speculation.length import FIRST, Costs
 from trimtab.models.references import http_error
 
-PROMPT = "Q: Where does Ada Moss live?\\nA:"
-READ = PROMPT.replace("\\n", "\n")
+PROMPT = "Q: Where does Ada Moss live?\nA:"
+TYPED = PROMPT.replace("\n", "\\n")  # read so with --escapes
 
 
 def greedy(fused, prompt: str, count: int = 6) -> str:
@@ -163,8 +163,8 @@ def test_generate_prints_what_the_model_writes(run, fused_dir) -> None:
     ran = run("generate", fused_dir, PROMPT, "the city", "--max-new-tokens", "6", "--json")
     assert ran.code == 0
     texts = [row["texts"] for row in ran.json()["result"]]
-    assert texts == [[greedy(fused, READ)], [greedy(fused, "the city")]]
-    assert ran.json()["result"][0]["prompt"] == READ
+    assert texts == [[greedy(fused, PROMPT)], [greedy(fused, "the city")]]
+    assert ran.json()["result"][0]["prompt"] == PROMPT
 
 
 def test_a_directory_and_the_same_members_inline_write_the_same(run, fused_dir, inline) -> None:
@@ -193,12 +193,12 @@ def test_another_strategy_overrides_the_directorys(run, fused_dir) -> None:
 
 def test_prompts_come_from_a_file_or_from_stdin(run, fused_dir, tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"prompt": READ}) + "\n\n" + json.dumps("the city") + "\n")
+    file.write_text(json.dumps({"prompt": PROMPT}) + "\n\n" + json.dumps("the city") + "\n")
     words = ["generate", fused_dir, "--max-new-tokens", "3", "--json"]
     from_file = run(*words, "--file", file).json()["result"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\n\nthe city\n"))
-    assert run(*words).json()["result"] == from_file
-    assert [row["prompt"] for row in from_file] == [READ, "the city"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{TYPED}\n\nthe city\n"))
+    assert run(*words, "--escapes").json()["result"] == from_file
+    assert [row["prompt"] for row in from_file] == [PROMPT, "the city"]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_options_that_would_change_nothing_or_cannot_be_are_refused(run, fused_d
 
 
 def test_generation_stops_at_a_text_and_leaves_it_out(run, fused_dir) -> None:
-    whole = greedy(FusedCausalLM.from_pretrained(fused_dir), READ, 12)
+    whole = greedy(FusedCausalLM.from_pretrained(fused_dir), PROMPT, 12)
     stop = whole[3:5]
     ran = run("generate", fused_dir, PROMPT, "--max-new-tokens", "12", "--stop", stop, "--json")
     assert ran.json()["result"][0]["texts"] == [whole[: whole.index(stop)]]
@@ -361,7 +361,7 @@ def test_explain_writes_a_page_and_a_plot_of_the_models_own_trace(run, fused_dir
     page = tmp_path / "deep" / "page.html"
     ran = run("explain", fused_dir, PROMPT, "-o", page, "--max-new-tokens", "5", "--json")
     assert ran.code == 0
-    trace = FusedCausalLM.from_pretrained(fused_dir).trace(READ, max_new_tokens=5, do_sample=False).to_dict()
+    trace = FusedCausalLM.from_pretrained(fused_dir).trace(PROMPT, max_new_tokens=5, do_sample=False).to_dict()
     assert ran.json()["result"]["trace"]["text"] == trace["text"]
     html = page.read_text(encoding="utf-8")
     assert html.count('class="token ') == len(trace["steps"])

@@ -2,9 +2,7 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from trimtab.core.errors import InputError, unknown_name
@@ -313,71 +311,7 @@ def strategy_of(
     return make_strategy(amount, chooser=chooser, expert_names=expert_names, **{**kept, **given})
 
 
-# --- sampling ------------------------------------------------------------------------------------------------------
-
-
-def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 64) -> None:
-    """Length and randomness of what is generated; greedy by default."""
-    group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="longest answer, in tokens")
-    group.add_argument("--temperature", type=not_negative, default=0.0, help="0 takes the likeliest token")
-    group.add_argument("--top-p", type=share, metavar="SHARE", help="sample among the likeliest tokens of this mass")
-    group.add_argument("--top-k", type=positive, metavar="N", help="sample among the N likeliest tokens")
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of the sampling: gives the same texts on the same machine. For that `--speculate auto` samples with "
-        "drafts of 4 tokens, or none, by the members' sizes",
-    )
-    group.add_argument(
-        "--stop",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="end an answer before this text; \\n is a line break",
-    )
-
-
-def unescaped(text: str) -> str:
-    """A text as typed in a shell: \\n stands for a line break."""
-    return text.replace("\\n", "\n")
-
-
-def stops_of(args: argparse.Namespace) -> list[str]:
-    """The texts that end an answer."""
-    stops = [unescaped(stop) for stop in args.stop]
-    if not all(stops):
-        raise InputError("--stop was given an empty text.", "It would end every answer at once.", "leave it out.")
-    return stops
-
-
-def stopping(tokenizer: Any, stops: list[str]) -> dict[str, Any]:
-    """Keyword arguments for `generate` that end an answer at any of these texts."""
-    return {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
-
-
-def cut(text: str, stops: list[str]) -> str:
-    """The text before the first of the stops."""
-    return text[: min([text.index(stop) for stop in stops if stop in text], default=len(text))]
-
-
-def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `generate`; sets torch's seed where something is drawn, which then repeats."""
-    if not args.temperature:
-        if args.top_p is not None or args.top_k is not None:
-            raise InputError(
-                "--top-p or --top-k was given without a temperature.",
-                "At temperature 0 the likeliest token is taken, and they change nothing.",
-                "add --temperature 1.",
-            )
-        return {"do_sample": False, "max_new_tokens": args.max_new_tokens}
-    import torch
-
-    torch.manual_seed(args.seed)
-    kinds = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k or 0}
-    chosen = {name: value for name, value in kinds.items() if value is not None}
-    return {"do_sample": True, "max_new_tokens": args.max_new_tokens, "repeatable": True, **chosen}
+# --- values of options -----------------------------------------------------------------------------------------------
 
 
 def positive(text: str) -> int:
@@ -415,38 +349,3 @@ def names_of(text: str | None, known: Mapping[str, Any], kind: str) -> list[str]
     if not names:
         raise InputError(f"no {kind} was named.", f"Known: {', '.join(known)}.", f"name at least one {kind}.")
     return list(dict.fromkeys(names))
-
-
-def prompts_from(texts: list[str], file: Path | None) -> list[str]:
-    """Prompts from the command line, else from a JSONL file, else one per line of a piped stdin."""
-    import json
-
-    if texts and file:
-        raise InputError("prompts were given both as arguments and as a file.", fix="give one or the other.")
-    if texts:
-        return [unescaped(text) for text in texts]
-    if file is None:
-        if sys.stdin.isatty():
-            raise InputError("no prompt was given.", fix='add one: "Q: ...", or pipe one per line, or --file F.jsonl.')
-        return [unescaped(line.rstrip("\n")) for line in sys.stdin if line.strip()]
-    prompts = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{file} cannot be read: {error}.", fix="pass a text file of one JSON object per line."
-        ) from error
-    for place, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{file}, line {place} is no JSON: {error.msg}.", fix="write one object per line."
-            ) from error
-        prompt = row.get("prompt") if isinstance(row, dict) else row
-        if not isinstance(prompt, str):
-            raise InputError(f'{file}, line {place} has no "prompt".', fix='write {"prompt": "..."} per line.')
-        prompts.append(prompt)
-    return prompts
