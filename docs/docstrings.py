@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parent))  # griffe loads this file by its pat
 from docstring_tables import as_markdown
 
 
-class TablesOfDocstrings(griffe.Extension):
+class TablesOfDocstrings(griffe.Extension):  # type: ignore[misc]
     """Rewrites the docstring of each object as Markdown."""
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
