@@ -63,8 +63,7 @@ format: .venv/.installed  ## rewrite the code in the house format
 	$(BIN)/ruff format .
 
 docs: .venv/.installed  ## write the generated pages again: docs/cli.md, docs/strategies.md
-	$(BIN)/python -m trimtab.cli.docs > docs/cli.md
-	$(BIN)/python -m trimtab.logits.docs > docs/strategies.md
+	$(BIN)/python -m trimtab.cli.docs docs
 
 # The site's tools are not part of the development environment: this target adds them to it.
 .venv/.docs-installed: .venv/.installed

@@ -1,6 +1,6 @@
 """Who should draft, where there are several experts: each rule, with small members read one by one and in one forward.
 
-    lately, mixture, fused      the drafters of `trimtab.logits.speculation.draft`
+    recent, mixture, fused      the drafters of `trimtab.logits.speculation.draft`
     ..., one by one             one forward per small member (`one_pass=False`)
     ..., one forward            one forward for all of them (`one_pass=True`)
     auto                        what is chosen where nothing is set
@@ -17,12 +17,12 @@ from bench.decode import BESIDE, Point, Work, fused_arm
 from bench.harness import Arm, Case, Findings, Options, Progress, interleave
 from bench.members import Spec, Stock, Trio
 from trimtab.logits.forward.grouping import OnePass
-from trimtab.logits.speculation.draft import CHEAPEST, FUSED, LATELY, MIXTURE
+from trimtab.logits.speculation.draft import CHEAPEST, FUSED, MIXTURE, RECENT
 from trimtab.zoo import TUNED_TASKS
 
-RULES = (LATELY, MIXTURE, FUSED)
+RULES = (RECENT, MIXTURE, FUSED)
 ONE_BY_ONE, ONE_FORWARD = "one by one", "one forward"
-REFERENCE = f"{LATELY}, {ONE_BY_ONE}"
+REFERENCE = f"{RECENT}, {ONE_BY_ONE}"
 
 
 def points(is_quick: bool) -> list[Point]:

@@ -114,7 +114,7 @@ def test_the_page_on_architecture_names_files_and_calls_that_exist() -> None:
     assert [file for file in files if not (ROOT / file).is_file()] == []
     step = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "logits").rglob("*.py"))
     calls = set(re.findall(r"\b((?:chooser|amount)(?:\.\w+)?)\(", text))
-    assert calls == {"chooser", "amount.alphas", "amount.log_probs"}
+    assert calls == {"chooser.choose", "amount.alphas", "amount.log_probs"}
     assert [call for call in calls if f"{call}(step" not in step] == []
 
 

@@ -32,9 +32,9 @@ def test_arms_draft_by_their_rules_and_answer_the_same(monkeypatch):
     assert set(case.runs) == {
         f"{rule}, {manner}" for rule in drafters.RULES for manner in ("one by one", "one forward")
     } | {"auto"}
-    assert {(rule, one_pass) for rule, one_pass, _ in kept} >= {("lately", False), ("fused", True), ("auto", "auto")}
+    assert {(rule, one_pass) for rule, one_pass, _ in kept} >= {("recent", False), ("fused", True), ("auto", "auto")}
     for rule, _, drafted in kept:
-        allowed = {"lately": {"arithmetic", "facts"}, "mixture": {"mixture"}, "fused": {"fused"}}.get(rule)
+        allowed = {"recent": {"arithmetic", "facts"}, "mixture": {"mixture"}, "fused": {"fused"}}.get(rule)
         assert allowed is None or set(drafted) <= allowed, rule
     assert {records[0]["tokens"] for records in case.runs.values()} == {12.0}
 

@@ -45,6 +45,34 @@ def test_alphas_can_be_given_per_expert(run, inline, tmp_path: Path) -> None:
     assert settings["alpha"] == {"facts": 0.5, "sums": 1.5}
 
 
+def strategy_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["strategy"]
+
+
+def test_a_setting_means_the_same_as_set_as_flag_and_from_a_file(run, inline, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("alpha: {facts: 0.5, sums: 1e-1}\n")
+    ways = {
+        "set": ["--set", "alpha=facts=0.5,sums=0.1"],
+        "flag": ["--alpha", "facts=0.5,sums=0.1"],
+        "equals": ["--alpha=facts=0.5,sums=0.1"],
+        "file": ["--settings", file],
+    }
+    for name, words in ways.items():
+        assert run("fuse", *inline, "--strategy", "static", *words, "-o", tmp_path / name).code == 0
+        assert strategy_of(tmp_path / name)["settings"] == {"alpha": {"facts": 0.5, "sums": 0.1}}
+    assert (
+        run("fuse", *inline, "--strategy", "static", *ways["file"], "--set", "alpha=2", "-o", tmp_path / "b").code == 0
+    )
+    assert strategy_of(tmp_path / "b")["settings"] == {"alpha": 2.0}  # --set wins
+
+
+def test_the_former_name_of_a_chooser_is_written_as_todays(run, inline, tmp_path: Path) -> None:
+    assert run("fuse", *inline, "--chooser", "paper", "--draft", "lately", "-o", tmp_path / "made").code == 0
+    assert strategy_of(tmp_path / "made")["chooser"] == "joint_objective"
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["speculate_draft"] == "recent"
+
+
 def test_the_speaker_of_the_chooser_only_has_its_own_flag(run, inline, tmp_path: Path) -> None:
     assert run("fuse", *inline, "--chooser", "only", "--speaker", "sums", "-o", tmp_path / "made").code == 0
     assert FusedCausalLM.from_pretrained(tmp_path / "made").strategy.to_dict()["settings"]["expert"] == "sums"
@@ -114,6 +142,10 @@ def test_nothing_is_overwritten_without_force(run, inline, fused_dir, tmp_path: 
         (["--beta", "0.5"], "has no setting"),
         (["--alpha-max", "99"], "0 to 10"),
         (["--alpha-max", "much"], "alpha_max is 'much'"),
+        (["--set", "alpha_mx=1"], "did you mean 'alpha_max'?"),
+        (["--set", "alpha_max"], "Expected: NAME=VALUE"),
+        (["--set", "alpha_max=1", "--alpha-max", "2"], "given twice"),
+        (["--settings", "no/where.yaml"], "cannot be read"),
         (["--chooser", "sum"], "cannot let all experts speak at once"),
         (["--chooser", "loud"], "there is no chooser 'loud'"),
         (["--chooser", "only", "--speaker", "fact"], "did you mean 'facts'?"),
@@ -188,7 +220,7 @@ def test_another_strategy_overrides_the_directorys(run, fused_dir) -> None:
     }
     assert strategies["kept"]["amount"] == strategies["setting"]["amount"] == "dynamic"
     assert strategies["setting"]["settings"]["alpha_max"] == 0.7
-    assert strategies["amount"] == {"amount": "filter", "chooser": "paper", "settings": {"beta": 0.5}}
+    assert strategies["amount"] == {"amount": "filter", "chooser": "joint_objective", "settings": {"beta": 0.5}}
 
 
 def test_prompts_come_from_a_file_or_from_stdin(run, fused_dir, tmp_path: Path, monkeypatch) -> None:

@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from trimtab.cli import commands, docs
+from trimtab.cli.list import plural
 from trimtab.cli.main import main
 from trimtab.core.errors import TrimtabError
+from trimtab.core.registry import families, methods
 from trimtab.logits.registry import AMOUNTS, CHOOSERS
 
 
@@ -16,6 +18,10 @@ def test_help_names_every_command(run) -> None:
     ran = run("--help")
     assert ran.code == 0
     assert all(name in ran.out and line.summary in ran.out for name, line in commands.COMMANDS.items())
+    assert {line.group for line in commands.COMMANDS.values()} == set(commands.GROUPS)
+    assert [ran.out.index(f"{group}:") for group in commands.GROUPS] == sorted(
+        ran.out.index(f"{group}:") for group in commands.GROUPS
+    )
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
@@ -48,8 +54,12 @@ def test_no_command_is_wrong_usage(run) -> None:
         (["demo", "--items", "x"], "invalid"),
         (["fuse", "--strategy", "dynamc", "--strong", "s", "--base", "b", "--expert", "e", "-o", "o"], "'dynamic'"),
         (["fuse", "--alpha-mx", "1"], "--alpha-max"),
+        (["fuse", "--alpha-max"], "--alpha-max has no value"),
+        (["fuse", "--chooser-x", "1"], "did you mean --chooser?"),
+        (["list", "amonts"], "did you mean 'amounts'?"),
+        (["show", "amount:dynamc"], "did you mean 'amount:dynamic'?"),
         (["--quiet"], "see `trimtab --help`"),
-        (["list", "extra"], "no argument extra"),
+        (["list", "amounts", "extra"], "no argument extra"),
     ],
 )
 def test_wrong_usage_is_answered_with_the_nearest_spelling(run, words: list[str], proposal: str) -> None:
@@ -119,35 +129,46 @@ def test_warnings_are_one_line_on_stderr(run, monkeypatch) -> None:
     assert ran.err == "warning: mind this\n"
 
 
-def test_list_has_both_registries(run) -> None:
+def test_list_has_every_family(run) -> None:
     ran = run("list", "--json")
     document = ran.json()
-    assert set(document["result"]["amounts"]) == set(AMOUNTS)
-    assert set(document["result"]["choosers"]) == set(CHOOSERS)
+    assert {plural(family): set(family) for family in families()} == {
+        name: set(entries) for name, entries in document["result"].items()
+    }
     assert document["versions"]["trimtab"]
+    assert all(entry["source"] for entries in document["result"].values() for entry in entries.values())
     shown = run("list").out
     assert all(name in shown for name in (*AMOUNTS, *CHOOSERS))
 
 
-@pytest.mark.parametrize("name", [*AMOUNTS, *CHOOSERS])
-def test_show_describes_every_strategy_with_an_example_that_parses(run, name: str) -> None:
-    from trimtab.cli.parser import command_parser
+@pytest.mark.parametrize("word", ["choosers", "chooser"])
+def test_list_takes_one_family(run, word: str) -> None:
+    assert list(run("list", word, "--json").json()["result"]) == ["choosers"]
+    shown = run("list", word).out
+    assert "joint_objective" in shown
+    assert "dynamic" not in shown
 
+
+@pytest.mark.parametrize(("family", "name"), list(methods()), ids=lambda part: str(getattr(part, "name", part)))
+def test_show_describes_every_method(run, family, name: str) -> None:
     result = run("show", name, "--json").json()["result"]
     assert result["summary"]
     assert result["source"]
-    assert all(setting["doc"] and setting["flag"].startswith("--") for setting in result["settings"])
-    words = result["example"].split()
-    args = command_parser(words[1]).parse_all(words[2:])
-    assert name in (args.strategy, args.chooser)
-    shown = run("show", name).out
+    assert all(setting["doc"] and setting["flag"].startswith("--set ") for setting in result["settings"])
+    shown = run("show", f"{family.name}:{name}").out
     assert result["summary"] in " ".join(shown.split())
     assert result["example"] in shown
+    assert all(setting["name"] in shown for setting in result["settings"])
 
 
-def test_the_command_reference_is_not_stale(request) -> None:
-    written = (request.config.rootpath / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert written == docs.render(), "run: python -m trimtab.cli.docs > docs/cli.md"
+def test_show_knows_former_names(run) -> None:
+    assert run("show", "paper", "--json").json()["result"]["name"] == "joint_objective"
+
+
+def test_the_generated_pages_are_not_stale(request) -> None:
+    for name, text in docs.pages().items():
+        written = (request.config.rootpath / "docs" / name).read_text(encoding="utf-8")
+        assert written == text, "run: make docs"
 
 
 def test_the_module_runs_as_the_command() -> None:

@@ -1,5 +1,7 @@
 """Who drafts by which rule, and what becomes of a rule where no expert has any weight."""
 
+import json
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ NAMES = ("math", "facts")
 @pytest.mark.parametrize(
     ("rule", "with_experts", "without"),
     [
-        ("lately", "facts", "base"),
+        ("recent", "facts", "base"),
         ("fused", "fused", "base"),
         ("mixture", "mixture", "mixture"),
         ("math", "math", "math"),
@@ -34,10 +36,29 @@ def test_a_rule_means_the_base_where_the_amount_uses_no_expert(rule, with_expert
         _, drafted = new_tokens(model, PROMPTS[0], speculate=3, speculate_draft=rule)
         assert torch.equal(plain, drafted)
         if rule != "prompt":
-            members = {"math", "facts"} if name == "facts" else {name}  # lately: the one that weighs most, in turn
+            members = {"math", "facts"} if name == "facts" else {name}  # recent: the one that weighs most, in turn
             found = set(model.last_speculation.drafters)
             assert found
             assert found <= members
+
+
+def test_the_former_name_of_a_rule_opens(tmp_path, members_dir):
+    """Directories and calls of before say "lately" for "recent"."""
+    paths = [members_dir / name for name in ("strong", "base", "math", "facts")]
+    experts = {"math": paths[2], "facts": paths[3]}
+    model = FusedCausalLM.from_members(paths[0], paths[1], experts)
+    model.save_pretrained(tmp_path / "old")
+    config = tmp_path / "old" / "config.json"
+    written = json.loads(config.read_text())
+    written |= {"speculate_draft": "lately", "strategy": {"amount": "dynamic", "chooser": "paper"}}
+    config.write_text(json.dumps(written))
+    opened = FusedCausalLM.from_pretrained(tmp_path / "old")
+    assert opened.speculate_draft == "recent"
+    assert opened.strategy.to_dict()["chooser"] == "joint_objective"
+    opened.speculate_draft = "lately"
+    assert opened.config.speculate_draft == "recent"
+    new_tokens(opened, PROMPTS[0], speculate=3, speculate_draft="lately", max_new_tokens=6)
+    assert set(opened.last_speculation.drafters) <= {"math", "facts"}
 
 
 @pytest.mark.parametrize("rule", ["fused", "mixture"])
@@ -57,9 +78,9 @@ def test_rules_that_need_experts_are_refused_without(rule):
 @pytest.mark.parametrize(
     ("chooser", "one_pass", "experts", "who"),
     [
-        ("paper", True, 2, {"mixture"}),
-        ("paper", False, 2, {"math", "facts"}),
-        ("paper", True, 1, {"math"}),
+        ("joint_objective", True, 2, {"mixture"}),
+        ("joint_objective", False, 2, {"math", "facts"}),
+        ("joint_objective", True, 1, {"math"}),
         ("only", True, 2, {"math"}),
         ("only", False, 2, {"math"}),
     ],

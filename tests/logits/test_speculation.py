@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,12 +26,13 @@ from trimtab.logits.forward.reader import InvalidLogits
 from trimtab.logits.speculation import plan
 from trimtab.logits.speculation.draft import drafter_for, lookup
 from trimtab.logits.speculation.length import AcceptanceHistory, Costs, DraftLength
+from trimtab.logits.strategy.base import Amount
 from trimtab.logits.strategy.fusion import make_strategy
 from trimtab.zoo import load_items
 
 PAIRS = [("llama", kind) for kind in tiny.KINDS] + [(kind, "llama") for kind in tiny.KINDS[1:]] + [("gemma2", "gpt2")]
 MANY = [*PROMPTS, "abcabcabc, abcabc and so on, abcabc", "Q", "1+1=2, 2+2=4, 3+3="]
-DRAFTS = ["auto", "lately", "mixture", "fused", "prompt", "base", "math", "facts"]
+DRAFTS = ["auto", "recent", "mixture", "fused", "prompt", "base", "math", "facts"]
 
 
 def check_with_drafts(model, prompts, drafts=4, most=0, **options):
@@ -60,7 +62,7 @@ def test_greedy_text_is_that_without_drafts_whoever_drafts(fused, draft, length)
     report = check_with_drafts(fused, MANY, length, max_new_tokens=40, speculate_draft=draft)
     assert max(report.lengths) <= length
     assert report.accepted > 0 or draft in ("prompt", "base")
-    if draft not in ("auto", "lately", "prompt"):
+    if draft not in ("auto", "recent", "prompt"):
         assert set(report.drafters) == {draft}
 
 
@@ -382,7 +384,7 @@ def test_nobody_reads_beyond_an_end_that_was_drafted():
 
 def test_the_first_drafter_is_who_weighed_most_behind_the_prompt():
     model = fuse(strategy={"amount": "dynamic", "chooser": "only", "settings": {"expert": "facts"}})
-    new_tokens(model, MANY[0], speculate=3, speculate_draft="lately")
+    new_tokens(model, MANY[0], speculate=3, speculate_draft="recent")
     assert set(model.last_speculation.drafters) == {"facts"}
 
 
@@ -572,14 +574,14 @@ def test_an_unknown_drafter_is_refused(fused):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fading:
+class Fading(Amount):
     """An amount that remembers its last step."""
 
-    looks_back = True
-    uses_experts = True
+    looks_back: ClassVar[bool] = True
+    has_alpha: ClassVar[bool] = True
 
-    def alphas(self, step, pull):
-        return torch.ones_like(pull.forward[0])
+    def alphas(self, step, deltas):
+        return torch.ones_like(deltas.forward[0])
 
 
 def obstacles():
@@ -620,9 +622,9 @@ def test_auto_goes_without_where_the_strong_model_is_tiny_and_says_so(fused, mon
 def test_the_expert_with_most_weight_drafts(fused):
     strategy = make_strategy("dynamic", expert_names=("math", "facts"))
     for weights, name in (([0.1, 0.4], "facts"), ([0.4, 0.1], "math")):
-        assert drafter_for("lately", ("math", "facts"), strategy, torch.tensor(weights)).name == name
+        assert drafter_for("recent", ("math", "facts"), strategy, torch.tensor(weights)).name == name
     alone = fuse(strategy={"amount": "dynamic", "chooser": "only", "settings": {"expert": "facts"}})
-    new_tokens(alone, MANY, speculate=2, speculate_draft="lately", max_new_tokens=30)
+    new_tokens(alone, MANY, speculate=2, speculate_draft="recent", max_new_tokens=30)
     assert alone.last_speculation.drafters.most_common(1)[0][0] == "facts"
 
 
@@ -744,7 +746,7 @@ def test_auto_counts_all_that_is_read_while_a_draft_grows():
     assert sizes == [3 * small, small]
     rules = {rule: plan._drafter_bytes(apart.members, apart.reader, apart.strategy, rule) for rule in DRAFTS}
     assert rules == {
-        **dict.fromkeys(("auto", "lately", "base", "math", "facts"), small),
+        **dict.fromkeys(("auto", "recent", "base", "math", "facts"), small),
         "mixture": 2 * small, "fused": 3 * small, "prompt": 0,
     }  # fmt: skip
 
@@ -833,5 +835,5 @@ def test_who_the_small_members_would_let_speak_drafts_first():
         tokenizer=tiny.make_tokenizer(),
         strategy={"amount": "static", "chooser": "confident"},
     )
-    new_tokens(model, PROMPTS[0], speculate=3, speculate_draft="lately", max_new_tokens=3)
+    new_tokens(model, PROMPTS[0], speculate=3, speculate_draft="recent", max_new_tokens=3)
     assert set(model.last_speculation.drafters) == {"busy"}

@@ -10,10 +10,9 @@ from text_laws import VOCAB, Case, Prompts, warped
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
 from trimtab.core.registry import find
-from trimtab.logits.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.registry import AMOUNTS, CHOOSERS, DEFAULT_CHOOSER
 from trimtab.logits.speculation.verify import acceptance_mask, accepted, draw, residual
-from trimtab.logits.strategy.base import JointAmount
-from trimtab.logits.strategy.fusion import NO_CHOICE, make_strategy
+from trimtab.logits.strategy.fusion import make_strategy
 
 PROMPT = [2, 3, 3]
 WARPERS = {"temperature": 1.3, "top_p": 0.9, "top_k": 0}
@@ -26,8 +25,8 @@ def can_be(amount, chooser):
     """Whether the amount takes the chooser: with experts to choose among, and all at once if the chooser wants that."""
     kind = find(AMOUNTS, amount)
     if not kind.uses_experts:
-        return chooser == NO_CHOICE
-    return chooser != "sum" or isinstance(kind(), JointAmount)
+        return chooser == DEFAULT_CHOOSER
+    return kind.is_joint or not find(CHOOSERS, chooser).is_joint
 
 
 def every_strategy():
@@ -158,7 +157,7 @@ def test_every_token_of_a_long_text_follows_its_law(members, strategy, batch):
     assert case.p_of_tokens(case.sample(batch, {1: 20, 8: 24}[batch], steps=100)) > LEAST_P
 
 
-@pytest.mark.parametrize("draft", ["lately", "mixture", "fused", "prompt", "base", "facts"])
+@pytest.mark.parametrize("draft", ["recent", "mixture", "fused", "prompt", "base", "facts"])
 @pytest.mark.parametrize("length", [1, 3, "auto"])
 def test_sampling_follows_the_fused_law_whoever_drafts(members, draft, length, monkeypatch):
     monkeypatch.setattr("trimtab.logits.speculation.plan.WORTH_BYTES", 0)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trimtab.logits.registry import AMOUNTS, CHOOSERS
+from trimtab.logits.registry import AMOUNTS, CHOOSERS, DEFAULT_CHOOSER
 from trimtab.logits.solver.hermite import points
 from trimtab.logits.speculation.draft import drafter_for
 from trimtab.logits.strategy.fusion import make_strategy
@@ -89,13 +89,14 @@ def waits(work, *shapes):
 
 
 def all_strategies():
-    """Every amount with the paper's chooser, every chooser with an amount that takes it, alphas by name."""
-    pairs = [(amount, "paper", {}) for amount in AMOUNTS]
-    pairs += [("dynamic", "confident", {}), ("dynamic", "only", {"expert": "facts"}), ("static", "sum", {})]
+    """Every amount with the default chooser, every chooser with an amount that takes it, alphas by name."""
+    settings = {"only": {"expert": "facts"}}
+    pairs = [(amount, DEFAULT_CHOOSER, {}) for amount in AMOUNTS]
+    pairs += [("static", chooser, settings.get(chooser, {})) for chooser in CHOOSERS]
     pairs += [(amount, "sum", {}) for amount in ("filter", "product", "mixture")]
-    pairs += [("cautious", "confident", {}), ("filter", "confident", {})]
-    pairs += [("static", chooser, {"alpha": {"math": 1.0, "facts": 0.5}}) for chooser in ("paper", "confident", "sum")]
-    assert {chooser for _, chooser, _ in pairs} == set(CHOOSERS)
+    pairs += [("dynamic", "confident", {}), ("cautious", "confident", {}), ("filter", "confident", {})]
+    by_name = {"alpha": {"math": 1.0, "facts": 0.5}}
+    pairs += [("static", chooser, by_name) for chooser in (DEFAULT_CHOOSER, "confident", "sum")]
     return pairs
 
 
@@ -108,7 +109,7 @@ def test_no_strategy_waits_for_the_device(amount, chooser, settings):
 
 @pytest.mark.parametrize("rule", ["math", "mixture", "fused"])
 def test_no_drafter_waits_for_the_device(rule):
-    drafter = drafter_for(rule, NAMES, make_strategy("dynamic", "paper", NAMES), torch.zeros(2))
+    drafter = drafter_for(rule, NAMES, make_strategy("dynamic", DEFAULT_CHOOSER, NAMES), torch.zeros(2))
     shapes = [(ROWS, VOCAB)] * len(drafter.members)
     body_of = tuple(range(len(shapes)))
     assert waits(lambda logits: draft_rows(logits, body_of, drafter, VOCAB), *shapes) == []
@@ -133,7 +134,7 @@ class Mixed:
         return RowOwners(self.settings, [None] * ROWS, [0] * ROWS, [True] * (ROWS - 2) + [False] * 2)
 
 
-@pytest.mark.parametrize("chooser", ["paper", "confident", "sum"])
+@pytest.mark.parametrize("chooser", [DEFAULT_CHOOSER, "confident", "sum"])
 def test_no_mixture_of_settings_waits_for_the_device(chooser):
     strategy = make_strategy("static" if chooser == "sum" else "dynamic", chooser, NAMES)
     plan = SimpleNamespace(strategy=strategy, vocab_size=VOCAB, body_of=(0, 1, 2, 3))

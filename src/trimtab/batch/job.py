@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +40,7 @@ class Settings:
     dtype         number type of all members; None: vLLM takes the directory's, transformers each member's own
     device        of the transformers engine; None: the CPU
     options       further arguments of `vllm.LLM`
+    strategy      in place of the directory's, as `Strategy.to_dict`; None: the directory's
     """
 
     engine: str = AUTO
@@ -47,6 +48,13 @@ class Settings:
     dtype: str | None = None
     device: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    strategy: Mapping[str, Any] | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """For JSON, without what is not set: runs that were begun before there was a strategy here go on."""
+        key = {**vars(self), "model_names": list(self.model_names)}
+        return {name: value for name, value in key.items() if name != "strategy" or value is not None}
 
     def check(self) -> "Settings":
         """These settings with the engine made definite; raises UnknownName, BadSetting, InputError."""
@@ -66,7 +74,7 @@ class Settings:
                 f"{', '.join(self.options)}: these are vLLM's options, and the transformers engine runs the batch.",
                 fix="leave them out, or pass --engine vllm.",
             )
-        return Settings(engine, self.model_names, self.dtype, self.device, dict(self.options))
+        return replace(self, engine=engine, options=dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,7 @@ class _Batch:
             raise InputError(f"{target} is a directory.", "Expected: a file to write.", "name a file in it.")
         # The first is the answers' own name: it shall not depend on where the command is run.
         names = tuple(dict.fromkeys((*settings.model_names, directory.resolve().name, str(directory))))
-        key = {"model": model_digest(directory), **vars(settings), "model_names": list(settings.model_names)}
+        key = {"model": model_digest(directory), **settings.key}
         lines = read_lines(source, settings.engine, TRANSFORMERS_LACKS if settings.engine == TRANSFORMERS else ())
         refused = _asked_models(lines) - set(names)
         if refused:  # the directory as given is a name, too, and another one from another working directory
@@ -350,13 +358,15 @@ def make_answering(directory: Path, settings: Settings, model_names: Sequence[st
         dtype = settings.dtype or saving.read_config(directory).dtype
         # Made where the engine runs: what it names lies in this machine's cache.
         more = {"speculative_config": _translated(directory, settings).config} if drafts else {}
+        if settings.strategy is not None:
+            more["hf_overrides"] = {**settings.options.get("hf_overrides", {}), "strategy": dict(settings.strategy)}
         engine = VllmEngine(
             directory, None if dtype is None else str(dtype).removeprefix("torch."), {**settings.options, **more}
         )
     else:
         from trimtab.batch.transformers_engine import TransformersEngine
 
-        engine = TransformersEngine(directory, settings.dtype, settings.device)
+        engine = TransformersEngine(directory, settings.dtype, settings.device, settings.strategy)
     return Answering(engine, model_names)
 
 

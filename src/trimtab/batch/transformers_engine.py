@@ -5,7 +5,7 @@ and a row that draws with a seed of its own is generated alone: its text depends
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,16 @@ class TransformersEngine:
     name = "transformers"
     without: tuple[str, ...] = TRANSFORMERS_LACKS
 
-    def __init__(self, directory: Path, dtype: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        dtype: str | None = None,
+        device: str | None = None,
+        strategy: Mapping[str, Any] | None = None,
+    ) -> None:
         if device is not None:
             _check_device(device)
-        options = {"dtype": None if dtype is None else getattr(torch, dtype), "device": device}
+        options = {"dtype": None if dtype is None else getattr(torch, dtype), "device": device, "strategy": strategy}
         self._fused = FusedCausalLM.from_pretrained(directory, **{k: v for k, v in options.items() if v is not None})
         self.tokenizer = self._fused.tokenizer
         self.context: int | None = self._fused.config.max_position_embeddings

@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a further argument of vllm.LLM, such as max_num_seqs=128; may be given several times",
     )
+    options.add_strategy(parser)
     group = parser.add_argument_group("workers")
     group.add_argument("--workers", type=_count, default=1, metavar="N", help="processes on Ray; 0: this process")
     group.add_argument(
@@ -76,7 +77,12 @@ def run(args: argparse.Namespace) -> None:
 
     options.quiet_transformers()
     settings = Settings(
-        args.engine, tuple(args.model_name), args.dtype, args.device, engine_options(args.engine_option)
+        args.engine,
+        tuple(args.model_name),
+        args.dtype,
+        args.device,
+        engine_options(args.engine_option),
+        options.changed_strategy(args, args.model),
     )
     place = Place(args.workers, args.batch_size, args.address, args.cpus, args.gpus)
     mode: Mode = "resume" if args.resume else "force" if args.force else "new"

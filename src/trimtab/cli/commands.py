@@ -26,28 +26,30 @@ class Command(Protocol):
 
 @dataclass(frozen=True)
 class Line:
-    """A command's module and its summary in the list of commands."""
+    """A command's module, its summary in the list of commands, and the group that it is listed in."""
 
     module: str
     summary: str
+    group: str
 
+
+SPACES, LOGITS, STUDIES = "all spaces", "logits: fused models", "studies and embedded models"
+GROUPS = (SPACES, LOGITS, STUDIES)
 
 COMMANDS: dict[str, Line] = {
-    "demo": Line("trimtab.cli.demo", "The whole story on the embedded zoo: tables, intervals, a report page."),
-    "fuse": Line("trimtab.cli.fuse", "Write a fused model: strong + base + experts + strategy, as one directory."),
-    "generate": Line("trimtab.cli.generate", "Continue prompts with a fused model."),
-    "chat": Line("trimtab.cli.chat", "Talk with a fused model; answers stream."),
-    "batch": Line("trimtab.cli.batch", "Answer a file of OpenAI requests with a fused model, through crashes."),
-    "eval": Line("trimtab.cli.eval", "Score a fused model through lm-evaluation-harness."),
-    "explain": Line(
-        "trimtab.cli.explain", "Write a page that shows, token by token, which expert spoke and how loudly."
-    ),
-    "serve": Line("trimtab.cli.serve", "Serve a fused model with vLLM: the OpenAI API, steered per request."),
-    "list": Line("trimtab.cli.list", "List the strategies: amounts and choosers."),
-    "show": Line("trimtab.cli.show", "Describe one strategy: settings, units, ranges, source, example."),
-    "zoo": Line("trimtab.cli.zoo", "The embedded models and tasks: what is there, and how to build it again."),
-    "study": Line("trimtab.cli.study", "Run a study on the zoo: its tables, intervals, pictures and page."),
-    "results": Line("trimtab.cli.results", "Measure everything and write docs/results.md."),
+    "list": Line("trimtab.cli.list", "List the methods of every space, by family.", SPACES),
+    "show": Line("trimtab.cli.show", "Describe one method: settings, units, ranges, source, example.", SPACES),
+    "fuse": Line("trimtab.cli.fuse", "Write a fused model: strong + base + experts + strategy.", LOGITS),
+    "generate": Line("trimtab.cli.generate", "Continue prompts with a fused model.", LOGITS),
+    "chat": Line("trimtab.cli.chat", "Talk with a fused model; answers stream.", LOGITS),
+    "batch": Line("trimtab.cli.batch", "Answer a file of OpenAI requests; goes on after a crash.", LOGITS),
+    "eval": Line("trimtab.cli.eval", "Score a fused model through lm-evaluation-harness.", LOGITS),
+    "explain": Line("trimtab.cli.explain", "Write a page that shows which expert spoke at each token.", LOGITS),
+    "serve": Line("trimtab.cli.serve", "Serve a fused model with vLLM: the OpenAI API, steered per request.", LOGITS),
+    "demo": Line("trimtab.cli.demo", "The whole story on the embedded zoo: tables, a report page.", STUDIES),
+    "zoo": Line("trimtab.cli.zoo", "The embedded models and tasks: list, check, build again.", STUDIES),
+    "study": Line("trimtab.cli.study", "Run a study on the zoo: its tables, intervals, pictures and page.", STUDIES),
+    "results": Line("trimtab.cli.results", "Measure everything and write docs/results.md.", STUDIES),
 }
 
 

@@ -16,7 +16,7 @@ EXAMPLE = "trimtab fuse --strong zoo:strong --base zoo:small --expert facts=zoo:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Members, strategy, and where to write."""
     options.add_members(parser)
-    options.add_strategy(parser, default=options.DEFAULT_AMOUNT)
+    options.add_strategy(parser, has_directory=False)
     options.add_speculation(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the directory to write")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")

@@ -3,20 +3,16 @@
 import argparse
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from trimtab.cli import methods
 from trimtab.core.errors import InputError, unknown_name
-from trimtab.core.registry import find
-from trimtab.logits.registry import AMOUNTS, CHOOSERS
+from trimtab.core.registry import canonical, find
+from trimtab.core.settings import parse, settings_of
+from trimtab.logits.registry import AMOUNTS, CHOOSERS, DEFAULT_AMOUNT, DEFAULT_CHOOSER
 
-DEFAULT_AMOUNT = "dynamic"
 AUTO = "auto"
-FLAGS = {"expert": "--speaker"}  # settings whose own name means something else on the command line
-
-
-def flag_of(setting: str) -> str:
-    """The flag of a strategy's setting."""
-    return FLAGS.get(setting, "--" + setting.replace("_", "-"))
 
 
 def quiet_transformers() -> None:
@@ -94,9 +90,9 @@ def add_speculation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft",
         metavar="WHO",
-        help="who drafts: an expert's name or base, lately (the expert with most weight), mixture (all experts), fused "
-        "(the small models' own fused law), prompt (n-grams of the text) or auto (mixture where it costs no more "
-        "than one expert, else lately)",
+        help="who drafts: an expert's name or base, recent (the expert with most weight in the last tokens), mixture "
+        "(all experts), fused (the small models' own fusion), prompt (n-grams of the text) or auto (mixture where it "
+        "costs no more than one expert, else recent)",
     )
     group.add_argument(
         "--one-pass",
@@ -199,7 +195,7 @@ def check_pointed(args: argparse.Namespace) -> None:
         )
     for name in ("prompt", "chat_template", "map_token", "special_tokens"):
         if args.model and getattr(args, name):
-            raise InputError(f"{flag_of(name)} is part of a fused directory.", fix="give it to `trimtab fuse`.")
+            raise InputError(f"{methods.flag_of(name)} is part of a fused directory.", fix="give it to `trimtab fuse`.")
 
 
 def open_fused(args: argparse.Namespace) -> Any:
@@ -215,7 +211,7 @@ def open_fused(args: argparse.Namespace) -> Any:
         fused = FusedCausalLM.from_members(**members, strategy=strategy_of(args, names), **placement)
     else:
         fused = FusedCausalLM.from_pretrained(args.model, **placement)
-        if args.strategy or args.chooser or given_settings(args):
+        if methods.is_changed(args):
             fused.strategy = strategy_of(args, tuple(fused.expert_names), fused.strategy.to_dict())
     set_speculation(args, fused)
     return fused.eval()
@@ -243,72 +239,58 @@ def placement_of(args: argparse.Namespace) -> dict[str, Any]:
 # --- strategy ------------------------------------------------------------------------------------------------------
 
 
-def all_settings() -> dict[str, list[tuple[str, Any]]]:
-    """Setting name -> the ingredients that have it, with its description there."""
-    from trimtab.logits.strategy.fusion import describe_settings
+def add_strategy(parser: argparse.ArgumentParser, has_directory: bool = True) -> None:
+    """--strategy, --chooser, and --set for the settings of either.
 
-    found: dict[str, list[tuple[str, Any]]] = {}
-    for name in (*AMOUNTS, *CHOOSERS):
-        for setting in describe_settings(name):
-            found.setdefault(setting.name, []).append((name, setting))
-    return found
-
-
-def add_strategy(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--strategy, --chooser, and one flag for every setting that any amount or chooser has."""
-    group = parser.add_argument_group("strategy", "how much of an expert's delta is added, and which experts speak")
-    kept = "" if default else "; by default that of the directory"
-    group.add_argument("--strategy", metavar="AMOUNT", default=default, help=f"one of {', '.join(AMOUNTS)}{kept}")
-    group.add_argument(
-        "--chooser", metavar="CHOOSER", help=f"one of {', '.join(CHOOSERS)}{kept or ' (default: paper)'}"
-    )
-    for name, uses in all_settings().items():
-        group.add_argument(flag_of(name), dest=f"setting_{name}", metavar="VALUE", help=_setting_help(uses))
-
-
-def _setting_help(uses: list[tuple[str, Any]]) -> str:
-    """One description per distinct meaning, with the ingredients that share it."""
-    by_text: dict[str, list[str]] = {}
-    for owner, setting in uses:
-        default = f"default {setting.default}" if setting.default is not None else ""
-        limits = ", ".join(part for part in (setting.unit, setting.range, default) if part)
-        text = f"{setting.doc} ({limits})" if limits else setting.doc
-        by_text.setdefault(text, []).append(owner)
-    return "; ".join(f"[{', '.join(owners)}] {text}" for text, owners in by_text.items()).replace("%", "%%")
-
-
-def given_settings(args: argparse.Namespace) -> dict[str, str]:
-    """Settings that were given as flags, still as texts."""
-    found = {k.removeprefix("setting_"): v for k, v in vars(args).items() if k.startswith("setting_")}
-    return {name: text for name, text in found.items() if text is not None}
+    has_directory   whether a fused directory has a strategy, which holds where nothing is said
+    """
+    promise = "how much of an expert's delta is added, and which experts speak"
+    defaults = (None, None) if has_directory else (DEFAULT_AMOUNT, DEFAULT_CHOOSER)
+    methods.add_methods(parser, "strategy", promise, (AMOUNTS, CHOOSERS), defaults)
 
 
 def strategy_of(
     args: argparse.Namespace, expert_names: tuple[str, ...], present: Mapping[str, Any] | None = None
 ) -> Any:
-    """The strategy that the flags describe.
+    """The strategy that the options describe.
 
-    present   what a fused directory has: kept where the flags say nothing, settings only while the ingredient stays
+    present   what a fused directory has: kept where the options say nothing, settings only while the method stays
     """
-    from trimtab.logits.strategy.fusion import describe_settings, make_strategy
+    from trimtab.logits.strategy.fusion import make_strategy
 
-    present = present or {"amount": DEFAULT_AMOUNT, "chooser": "paper", "settings": {}}
-    amount = args.strategy or present["amount"]
-    # A directory's chooser has nothing to choose where the flags ask for an amount that uses no expert.
-    chooser = args.chooser or (present["chooser"] if find(AMOUNTS, amount).uses_experts else "paper")
-    for name, table in ((amount, AMOUNTS), (chooser, CHOOSERS)):
-        if name not in table:
-            raise unknown_name(table.kind, name, table)
-    known = {setting.name: setting for name in (amount, chooser) for setting in describe_settings(name)}
-    kept = {
-        setting.name: present["settings"][setting.name]
-        for new, old in ((amount, present["amount"]), (chooser, present["chooser"]))
-        if new == old
-        for setting in describe_settings(new)
-        if setting.name in present["settings"]
-    }
-    given = {name: known[name].parse(text) if name in known else text for name, text in given_settings(args).items()}
+    present = present or {"amount": DEFAULT_AMOUNT, "chooser": DEFAULT_CHOOSER, "settings": {}}
+    amount, chooser = chosen_pair(args, present)
+    kept: dict[str, Any] = {}
+    given = methods.texts_of(args)
+    for family, name, old in ((AMOUNTS, amount, present["amount"]), (CHOOSERS, chooser, present["chooser"])):
+        kind = find(family, name)
+        given = parse(kind, given)
+        if name == canonical(family, old):
+            settings = present["settings"]
+            kept |= {item.name: settings[item.name] for item in settings_of(kind) if item.name in settings}
     return make_strategy(amount, chooser=chooser, expert_names=expert_names, **{**kept, **given})
+
+
+def changed_strategy(args: argparse.Namespace, directory: Path) -> dict[str, Any] | None:
+    """What the options make of a fused directory's strategy, read without its members; None: they say nothing."""
+    if not methods.is_changed(args):
+        return None
+    from trimtab.logits import saving
+    from trimtab.logits.strategy.fusion import strategy_from_dict
+
+    config = saving.read_config(directory)
+    names = tuple(saving.references_of(config)[2])
+    present = strategy_from_dict(config.strategy or {}, names).to_dict()
+    changed: dict[str, Any] = strategy_of(args, names, present).to_dict()
+    return changed
+
+
+def chosen_pair(args: argparse.Namespace, present: Mapping[str, Any]) -> tuple[str, str]:
+    """Amount and chooser that the options name, or what a fused directory has."""
+    amount = canonical(AMOUNTS, args.strategy or present["amount"])
+    # A directory's chooser has nothing to choose where the options ask for an amount that uses no expert.
+    kept = present["chooser"] if find(AMOUNTS, amount).uses_experts else DEFAULT_CHOOSER
+    return amount, canonical(CHOOSERS, args.chooser or kept)
 
 
 # --- values of options -----------------------------------------------------------------------------------------------

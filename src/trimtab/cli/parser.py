@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from trimtab.cli import output
-from trimtab.cli.commands import COMMANDS, Command, load_command
+from trimtab.cli import methods, output
+from trimtab.cli.commands import COMMANDS, GROUPS, Command, load_command
 from trimtab.core.errors import InputError
 
 
@@ -30,6 +30,25 @@ class Parser(argparse.ArgumentParser):
             args, rest = self.parse_known_args(argv)
             args.passed_on = rest
             return args
+        argv, given = self._without_settings(argv)
+        args = self._parse_known(argv)
+        if given:
+            args.set = [*args.set, *given]
+        return args
+
+    def _without_settings(self, argv: Sequence[str]) -> tuple[Sequence[str], list[str]]:
+        """The words without `--NAME VALUE` of settings, if the command chooses methods, and these as NAME=VALUE."""
+        families = self.get_default("families")
+        options = (word.split("=")[0] for word in argv if word.startswith("--") and word != "--")
+        if not families or all(option in self._option_string_actions for option in options):
+            return argv, []  # settings are described by the methods' own modules, which take a second to import
+        names = methods.names_of_settings(families)
+        return methods.without_settings(argv, {name for name in names if not self._takes(methods.flag_of(name))})
+
+    def _takes(self, flag: str) -> bool:
+        return flag in self._option_string_actions
+
+    def _parse_known(self, argv: Sequence[str]) -> argparse.Namespace:
         known = {option for parser in _family(self) for option in parser._option_string_actions}
         for word in itertools.takewhile(lambda word: word != "--", argv):
             if word.startswith("--") and word.split("=")[0] not in known:
@@ -42,7 +61,9 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _unknown(self, kind: str, found: str, known: set[str]) -> InputError:
-        near = get_close_matches(found, sorted(known), n=1)
+        families = self.get_default("families")
+        flags = {methods.flag_of(name) for name in methods.names_of_settings(families)} if families else set()
+        near = get_close_matches(found, sorted(known | flags), n=1)
         return InputError(
             f"{self.prog} has no {kind} {found}.",
             fix=f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`.",
@@ -81,7 +102,10 @@ def command_parser(name: str, command: Command | None = None) -> Parser:
 def top_help() -> str:
     """The help of `trimtab` itself; imports no command."""
     width = max(len(name) for name in COMMANDS)
-    lines = [f"  {name:<{width}}  {line.summary}" for name, line in COMMANDS.items()]
+    lines = []
+    for group in GROUPS:
+        listed = [f"  {name:<{width}}  {line.summary}" for name, line in COMMANDS.items() if line.group == group]
+        lines += [f"{group}:", *listed, ""]
     return "\n".join(
         [
             "usage: trimtab COMMAND [options]",
@@ -91,9 +115,7 @@ def top_help() -> str:
             "example:",
             "  trimtab demo",
             "",
-            "commands:",
             *lines,
-            "",
             "options:",
             "  -h, --help  this text; `trimtab COMMAND --help` for a command's own",
             "  --version   the version of trimtab",

@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from trimtab.cli import options, output
+from trimtab.cli import methods, options, output
 from trimtab.serving.http import defaults
 
 EXAMPLE = "trimtab serve runs/facts --page"
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     directory = Path(args.model)
     config = launch.check_directory(directory)
     launch.check_port(args.host, args.port)
+    strategy = _strategy(args, config)
     drafting = _drafting(args, directory, config)
     print(drafting.remark, file=sys.stderr)
     settings = launch.ServeSettings(
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         args.port,
         args.api_key,
         args.page,
-        strategy=_strategy(args, config),
+        strategy=strategy,
         drafting=drafting.config,
         max_body_mib=args.max_body_mib,
         max_requests=args.max_requests,
@@ -95,14 +96,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _strategy(args: argparse.Namespace, config: Any) -> dict[str, Any] | None:
-    """What the flags change of the directory's strategy; None: nothing."""
-    if not (args.strategy or args.chooser or options.given_settings(args)):
-        return None
+    """What the options change of the directory's strategy; None: nothing. Takes its settings out of what vLLM gets."""
+    from trimtab.core.registry import find
+    from trimtab.core.settings import settings_of
     from trimtab.logits import saving
+    from trimtab.logits.registry import AMOUNTS, CHOOSERS
     from trimtab.logits.strategy.fusion import strategy_from_dict
 
     names = tuple(saving.references_of(config)[2])
     present = strategy_from_dict(config.strategy or {}, names).to_dict()
+    amount, chooser = options.chosen_pair(args, present)
+    kinds = find(AMOUNTS, amount), find(CHOOSERS, chooser)
+    settings = {item.name for kind in kinds for item in settings_of(kind)}
+    args.passed_on, given = methods.without_settings(args.passed_on, settings)
+    args.set = [*args.set, *given]
+    if not methods.is_changed(args):
+        return None
     changed: dict[str, Any] = options.strategy_of(args, names, present).to_dict()
     return changed
 

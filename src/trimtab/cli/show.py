@@ -1,63 +1,72 @@
-"""Describe one strategy: an amount or a chooser with its settings, units, ranges, source and an example."""
+"""Describe one method: what it does, its settings with units and ranges, its source, and an example that runs."""
 
 import argparse
 from typing import Any
 
 from trimtab.cli import output
-from trimtab.cli.options import flag_of
-from trimtab.core.errors import unknown_name
-from trimtab.logits.registry import AMOUNTS, CHOOSERS
+from trimtab.core.errors import InputError, unknown_name
+from trimtab.core.registry import Family, canonical, families, find, methods, source_of, words_of
+from trimtab.core.settings import Setting, settings_of, shown
 
 EXAMPLE = "trimtab show dynamic"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """NAME."""
-    parser.add_argument("name", metavar="STRATEGY", help="an amount or a chooser, see `trimtab list`")
+    parser.add_argument("name", metavar="NAME", help="a method, or FAMILY:NAME; see `trimtab list`")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Everything that the registry and the settings dataclass say about one name."""
-    if args.name not in AMOUNTS and args.name not in CHOOSERS:
-        raise unknown_name("strategy", args.name, (*AMOUNTS, *CHOOSERS))
-    result = describe(args.name)
+    """Everything that the registry, the module and the settings say about one name."""
+    result = describe(*located(args.name))
     output.emit(args.json, output.document(result), lambda: show(result))
 
 
-def describe(name: str) -> dict[str, Any]:
-    """Summary, source, settings and an example of an amount or a chooser."""
-    from trimtab.logits.strategy.fusion import describe_settings
+def located(text: str) -> tuple[Family, str]:
+    """The family and the name of a method.
 
-    kind = "amount" if name in AMOUNTS else "chooser"
-    entry = AMOUNTS[name] if kind == "amount" else CHOOSERS[name]
-    settings = [
-        {
-            "name": setting.name,
-            "flag": flag_of(setting.name),
-            "type": setting.type,
-            "default": setting.default,
-            "unit": setting.unit,
-            "range": setting.range,
-            "doc": setting.doc,
-        }
-        for setting in describe_settings(name)
+    raises    UnknownName with the nearest spelling; InputError where several families have the name
+    """
+    wanted, colon, name = text.rpartition(":")
+    found = [
+        family
+        for family in families()
+        if family.aliases.get(name, name) in family and (not colon or wanted in (family.name, f"{family.name}s"))
     ]
+    if not found:
+        raise unknown_name("method", text, [f"{f.name}:{n}" if colon else n for f, n in methods()])
+    if len(found) > 1:
+        both = [f"{family.name}:{name}" for family in found]
+        raise InputError(f"'{name}' is in several families.", f"Known: {', '.join(both)}.", f"say {both[0]}.")
+    return found[0], canonical(found[0], name)
+
+
+def describe(family: Family, name: str) -> dict[str, Any]:
+    """Summary, words, source, settings and an example of a method."""
+    entry = family[name]
     return {
         "name": name,
-        "kind": kind,
+        "kind": family.name,
         "summary": entry.summary,
-        "source": entry.source,
-        "settings": settings,
-        "example": example(name, kind),
+        "source": source_of(entry),
+        "about": words_of(entry),
+        "settings": [describe_setting(item) for item in settings_of(find(family, name))],
+        "example": family.example_of(name),
     }
 
 
-def example(name: str, kind: str) -> str:
-    """A command that runs on the embedded models."""
-    choosers = {"sum": "--strategy static --chooser sum", "only": "--strategy dynamic --chooser only --speaker facts"}
-    choice = f"--strategy {name}" if kind == "amount" else choosers.get(name, f"--strategy dynamic --chooser {name}")
-    members = "--strong zoo:strong --base zoo:small --expert facts=zoo:small/facts"
-    return f"trimtab fuse {members} {choice} -o runs/{name}"
+def describe_setting(item: Setting) -> dict[str, Any]:
+    """One setting for JSON."""
+    return {
+        "name": item.name,
+        "flag": f"--set {item.name}=VALUE",
+        "type": item.type,
+        "default": item.default,
+        "is_required": item.is_required,
+        "unit": item.unit,
+        "range": item.range,
+        "doc": item.doc,
+    }
 
 
 def show(result: dict[str, Any]) -> None:
@@ -65,15 +74,19 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = output.console()
-    console.print(f"[bold]{result['name']}[/bold]  ({result['kind']})\n{result['summary']}\n{result['source']}\n")
+    console.print(f"[bold]{result['name']}[/bold]  ({result['kind']})\n{result['summary']}\n")
+    console.print(result["about"], markup=False)
+    console.print()
     if result["settings"]:
         table = Table(box=None, pad_edge=False)
-        for head in ("setting", "default", "range", "unit", "meaning"):
+        for head in ("--set", "type", "default", "range", "unit", "meaning"):
             table.add_column(head, overflow="fold")
         for setting in result["settings"]:
-            default = "" if setting["default"] is None else str(setting["default"])
-            table.add_row(setting["flag"], default, setting["range"], setting["unit"], setting["doc"])
+            default = "" if setting["default"] is None else shown(setting["default"])
+            cells = (setting["name"], setting["type"], "required" if setting["is_required"] else default)
+            table.add_row(*cells, setting["range"], setting["unit"], setting["doc"])
         console.print(table)
     else:
         console.print("No settings.")
-    console.print(f"\nexample:\n  {result['example']}", soft_wrap=True)
+    if result["example"]:
+        console.print(f"\nexample:\n  {result['example']}", soft_wrap=True)

@@ -277,7 +277,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     def _set_plan(self, plan: Plan) -> None:
         self._plan = plan.check(self.expert_names)
-        self.config.speculate, self.config.speculate_draft = plan.speculate, plan.draft
+        self.config.speculate, self.config.speculate_draft = self._plan.speculate, self._plan.draft
 
     @property
     def expert_names(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def numbers_of(present: Strategy) -> dict[str, Setting]:
 
 
 def _numbers_among(items: Iterable[Setting]) -> dict[str, Setting]:
-    return {item.name: item for item in items if item.type.startswith("float") and item.name != "alpha"}
+    return {item.name: item for item in items if item.is_number and item.name != "alpha"}
 
 
 @cache
@@ -100,7 +100,8 @@ def read_settings(given: Mapping[str, Any] | None, present: Strategy) -> Request
 
 def _within(item: Setting, value: Any) -> float:
     low = -LARGEST_NUMBER if item.low is None else item.low
-    return _number(item.name, value, low, LARGEST_NUMBER if item.high is None else item.high)
+    _number(item.name, value, low, LARGEST_NUMBER if item.high is None else item.high)
+    return item.read(value)  # type: ignore[no-any-return]
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
@@ -165,10 +166,6 @@ def _strategy(
     numbers: tuple[tuple[str, float], ...],
 ) -> Strategy:
     amount, chooser, present = described
-    experts = experts or names
-    settings = {**dict(present), **dict(numbers)}
-    if isinstance(settings.get("alpha"), tuple):  # one fixed alpha per expert
-        settings["alpha"] = {name: value for name, value in settings["alpha"] if name in experts}
-    if chooser == "only" and len(experts) == 1:
-        settings["expert"] = experts[0]
-    return make_strategy(amount, chooser=chooser, expert_names=experts, **settings)
+    settings = {name: dict(value) if isinstance(value, tuple) else value for name, value in present}
+    strategy = make_strategy(amount, chooser, names, **settings).narrowed(experts or names)
+    return strategy.changed(**dict(numbers)) if numbers else strategy

@@ -12,7 +12,7 @@ from trimtab.logits.strategy.fusion import make_strategy
 SEEDS = range(5)
 
 
-def fuse(name, laws, chooser="paper", names=(), **settings):
+def fuse(name, laws, chooser="joint_objective", names=(), **settings):
     return make_strategy(name, chooser=chooser, expert_names=names, **settings)(*laws)
 
 

@@ -106,6 +106,6 @@ def test_the_sum_does_not_depend_on_how_a_delta_is_split():
 
 def test_among_equal_experts_the_first_speaks():
     strong, base, experts = draw_members(8, 15, 1, seed=9)
-    for chooser in ("paper", "confident"):
+    for chooser in ("joint_objective", "confident"):
         fusion = make_strategy("dynamic", chooser=chooser)(strong, base, experts.expand(3, -1, -1).contiguous())
         assert fusion.is_chosen[0].all()

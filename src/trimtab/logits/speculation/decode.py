@@ -138,7 +138,7 @@ class SpeculativeDecoder:
         last = last.to(self._rows.device)
         read = dict.fromkeys(range(len(self._reader.groups)), 0)
         logits: dict[int, Tensor] = {}
-        if is_opening and self._rule == drafting.LATELY and len(self._names) > 1:
+        if is_opening and self._rule == drafting.RECENT and len(self._names) > 1:
             self._lately = self._guess_weights(last, read, logits)
         drafter = drafting.drafter_for(self._rule, self._names, self._strategy, self._lately)
         serial = self._lanes_of(drafter)

@@ -1,13 +1,13 @@
 """Who drafts: one small member, all of them together, or the text itself.
 
     NAME      that expert, or the base
-    auto      mixture where several experts that may speak are read in one forward, and it costs no more; else lately
-    lately    the expert that had most weight in the last accepted tokens
+    auto      mixture where several experts that may speak are read in one forward, and it costs no more; else recent
+    recent    the expert that had most weight in the last accepted tokens
     mixture   the average of all experts' laws
     fused     the small models' own fused law: the strategy with the base in the strong model's place
     prompt    no member: the text's own n-grams, looked up
 
-Where the strategy's amount uses no expert, `lately` and `fused` are the base: no expert has any weight, and the small
+Where the strategy's amount uses no expert, `recent` and `fused` are the base: no expert has any weight, and the small
 models' own law is the base's. The report names who drafted. Without experts `mixture` and `fused` are refused.
 
 A drafter needs not be good to be right: the output law is the fused one whatever drafts. It decides how many tokens of
@@ -25,8 +25,9 @@ from torch import Tensor
 from trimtab.core.errors import BadSetting, unknown_name
 from trimtab.logits.strategy.fusion import Strategy
 
-CHEAPEST, LATELY, MIXTURE, FUSED, PROMPT = "auto", "lately", "mixture", "fused", "prompt"
-RULES = (CHEAPEST, LATELY, MIXTURE, FUSED, PROMPT)
+CHEAPEST, RECENT, MIXTURE, FUSED, PROMPT = "auto", "recent", "mixture", "fused", "prompt"
+RULES = (CHEAPEST, RECENT, MIXTURE, FUSED, PROMPT)
+FORMER = {"lately": RECENT}  # names of rules that saved directories may hold
 FADE = 0.9  # how much of an expert's weight is remembered per accepted token
 NGRAM, LEAST_NGRAM = 4, 2  # longest and shortest ends of the text that are looked up
 
@@ -58,6 +59,11 @@ def until_end(tokens: Sequence[int], ends: Collection[int | None]) -> int:
     return next((count for count, token in enumerate(tokens, 1) if token in ends), len(tokens))
 
 
+def canonical_rule(rule: str) -> str:
+    """The name of a rule for its former name; anything else as it is."""
+    return FORMER.get(rule, rule)
+
+
 def check_rule(rule: str, expert_names: Sequence[str]) -> None:
     """Raise UnknownName unless `rule` names a rule, an expert or the base; BadSetting where it lacks experts."""
     known = (*RULES, "base", *expert_names)
@@ -78,8 +84,8 @@ def settled(rule: str, strategy: Strategy, expert_names: Sequence[str], is_one_f
     """
     if rule != CHEAPEST:
         return rule
-    has_choice = len(expert_names) > 1 and strategy.amount.uses_experts and not hasattr(strategy.chooser, "expert")
-    return MIXTURE if has_choice and is_one_forward else LATELY
+    has_choice = len(expert_names) > 1 and strategy.amount.uses_experts and not strategy.chooser.is_fixed
+    return MIXTURE if has_choice and is_one_forward else RECENT
 
 
 def drafter_for(
@@ -87,13 +93,13 @@ def drafter_for(
 ) -> Drafter:
     """The drafter that a rule, which `check_rule` approves and `settled` has settled, stands for now.
 
-    weights   [expert]   how much each expert weighed lately, for the rule "lately"
+    weights   [expert]   how much each expert weighed in the last accepted tokens, for the rule "recent"
     """
     if rule == PROMPT:
         return Drafter(PROMPT, ())
     if rule == MIXTURE:
         return Drafter(MIXTURE, tuple(expert_names))
-    if rule in expert_names:
+    if rule in expert_names and rule not in RULES:  # an expert may be called "recent": it had that name first
         return Drafter(rule, (rule,))
     if rule == "base" or not expert_names or not strategy.amount.uses_experts:
         return Drafter("base", ("base",))

@@ -1,7 +1,7 @@
 """The settings of speculation, and what cannot be speculated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from trimtab.core.errors import BadSetting
 from trimtab.logits.forward.cache import FusedCache
 from trimtab.logits.forward.reader import Reader
 from trimtab.logits.members import Members
-from trimtab.logits.speculation.draft import CHEAPEST, check_rule, drafter_for, settled
+from trimtab.logits.speculation.draft import CHEAPEST, canonical_rule, check_rule, drafter_for, settled
 from trimtab.logits.speculation.length import FIRST, LONGEST
 from trimtab.logits.speculation.processors import stateful_among
 from trimtab.logits.speculation.ragged import immovable
@@ -27,7 +27,7 @@ class Plan:
     """How to speculate.
 
     speculate   "auto": drafts of the length that pays, none where nothing pays; 0: never; N: always N tokens
-    draft       who drafts: "auto", "lately", "mixture", "fused", "prompt", "base" or an expert's name
+    draft       who drafts: "auto", "recent", "mixture", "fused", "prompt", "base" or an expert's name
     is_repeatable   whether one seed has to give one sampled text, so that no measured time may decide what is drawn
     """
 
@@ -36,7 +36,7 @@ class Plan:
     is_repeatable: bool = False
 
     def check(self, expert_names: Sequence[str]) -> "Plan":
-        """This plan; raises BadSetting or UnknownName for values that mean nothing."""
+        """This plan with today's names; raises BadSetting or UnknownName for values that mean nothing."""
         is_count = isinstance(self.speculate, int) and not isinstance(self.speculate, bool)
         if not (self.speculate == AUTO or (is_count and 0 <= int(self.speculate) <= LONGEST)):
             raise BadSetting(
@@ -44,8 +44,9 @@ class Plan:
                 f'Expected: "auto", 0 (never) or a number of drafted tokens up to {LONGEST}.',
                 'pass speculate="auto".',
             )
-        check_rule(self.draft, expert_names)
-        return self
+        plan = replace(self, draft=canonical_rule(self.draft))
+        check_rule(plan.draft, expert_names)
+        return plan
 
     @property
     def fixed_length(self) -> int | None:
@@ -113,7 +114,7 @@ def obstacle(
     if not isinstance(cache, FusedCache):
         return f"past_key_values is a {type(cache).__name__}, and the members' caches live in one FusedCache"
     for ingredient in (strategy.amount, strategy.chooser):
-        if getattr(ingredient, "looks_back", False):
+        if ingredient.looks_back:
             return f"{type(ingredient).__name__} looks back at earlier steps, so that a draft would change its law"
     if streamer is not None and rows > 1:
         return f"{rows} rows are streamed together, but each row of a draft keeps its own length"

@@ -1,130 +1,99 @@
-"""Between amounts and choosers: what an amount would do with each expert alone, and who was chosen to speak."""
+"""What an amount and a chooser are, and what each says about itself.
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar, Protocol, runtime_checkable
+An amount turns one expert's delta into a distribution: by an alpha along the delta, or written out. A chooser says
+which expert speaks. `trimtab.logits.strategy.fusion` puts the two together; neither knows the other.
+"""
 
-import torch
-from jaxtyping import Bool, Float, Int
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.core.divergence import kl_nats
-from trimtab.logits.solver.deltas import DeltaTargets, summed_objective
-from trimtab.logits.solver.tilted import take_expert
+from trimtab.core.settings import Configurable
+from trimtab.logits.solver.deltas import DeltaTargets
 from trimtab.logits.strategy.step import Step
 
 
-@runtime_checkable
-class AlphaAmount(Protocol):
-    """An amount that moves the strong model along an expert's delta, by alpha."""
+class Ingredient(Configurable, ABC):
+    """An amount or a chooser: a frozen dataclass of settings, and a pure function of one step.
 
-    uses_experts: ClassVar[bool]
+    looks_back   whether it keeps anything from one call to the next; generation goes without drafts then, since a
+                 draft shows it positions that the text never comes to
+    """
+
+    looks_back: ClassVar[bool] = False
+
+    def check_names(self, names: tuple[str, ...]) -> None:
+        """Raise BadSetting or UnknownName where a setting names an expert that is not among `names`."""
+        return
+
+    def narrowed(self, names: tuple[str, ...]) -> "Ingredient":
+        """The same ingredient where only these experts may speak."""
+        return self
+
+
+class Amount(Ingredient):
+    """What is done with an expert's delta.
+
+    has_alpha      an alpha along the delta describes it: `alphas` is defined. Else `log_probs` is
+    is_joint       all experts may speak at once: `joint_log_probs` is defined
+    uses_experts   False: `joint_log_probs` is all there is, and no expert speaks
+    uses_base      whether the base's distribution matters
+    """
+
+    has_alpha: ClassVar[bool] = False
+    is_joint: ClassVar[bool] = False
+    uses_experts: ClassVar[bool] = True
+    uses_base: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {
+            name for name in ("alphas", "log_probs", "joint_log_probs") if getattr(cls, name) is not vars(Amount)[name]
+        }
+        alone = {"alphas" if cls.has_alpha else "log_probs"} if cls.uses_experts else set()
+        wanted = alone | ({"joint_log_probs"} if cls.is_joint or not cls.uses_experts else set())
+        if own != wanted:
+            raise TypeError(
+                f"{cls.__qualname__} defines {', '.join(sorted(own)) or 'nothing'}.\n"
+                f"  Expected: {', '.join(sorted(wanted))}, by has_alpha, is_joint and uses_experts.\n"
+                "  Fix: define these methods, or correct these class variables."
+            )
 
     def alphas(self, step: Step, deltas: DeltaTargets) -> Float[Tensor, "expert batch"]:
-        """How far each expert alone would move the strong model along its delta. [expert, batch]"""
+        """How far each expert alone moves the strong model along its delta. [expert, batch]
 
-
-@runtime_checkable
-class DistributionAmount(Protocol):
-    """An amount that makes a law of its own out of strong, base and one expert: no alpha describes it."""
-
-    uses_experts: ClassVar[bool]
+        deltas   the experts' deltas, and the divergences that each of them is asked to meet
+        """
+        raise NotImplementedError
 
     def log_probs(self, step: Step) -> Float[Tensor, "expert batch vocab"]:
-        """Log-probabilities, normalised, for each expert alone. [expert, batch, vocab]"""
-
-
-@runtime_checkable
-class JointAmount(Protocol):
-    """An amount that can let all experts speak at once."""
-
-    uses_experts: ClassVar[bool]
+        """The fused distribution of each expert alone: log-probabilities, normalised. [expert, batch, vocab]"""
+        raise NotImplementedError
 
     def joint_log_probs(self, step: Step) -> Float[Tensor, "batch vocab"]:
-        """Log-probabilities, normalised, of all experts together. [batch, vocab]"""
+        """The fused distribution of all experts together: log-probabilities, normalised. [batch, vocab]"""
+        raise NotImplementedError
 
 
-Amount = AlphaAmount | DistributionAmount | JointAmount
+class Chooser(Ingredient):
+    """Which expert speaks at a step.
 
-
-@dataclass(frozen=True)
-class Proposal:
-    """Every expert's own fused law: given by its alpha along the delta, or written out.
-
-    alpha  [expert, batch]         None for amounts that have no alpha
-    laws   [expert, batch, vocab]  None for amounts that have one
+    is_joint         all experts speak at once, for amounts that are joint, too
+    is_fixed         the same expert speaks at every step, known beforehand
+    uses_objective   experts are compared by what their distributions reach: each is fused alone, asked to meet the
+                     targets of all, and `choose` gets the objectives. Else each meets its own targets
     """
 
-    step: Step
-    meets_all_targets: bool
-    alpha: Float[Tensor, "expert batch"] | None
-    log_probs: Float[Tensor, "expert batch vocab"] | None
+    is_joint: ClassVar[bool] = False
+    is_fixed: ClassVar[bool] = False
+    uses_objective: ClassVar[bool] = False
 
-    @cached_property
-    def deltas(self) -> DeltaTargets:
-        """The experts' deltas and what each of them is asked to meet."""
-        return targets_of(self.step, self.meets_all_targets)
+    @abstractmethod
+    def choose(self, step: Step, objective: Float[Tensor, "expert batch"] | None) -> Int[Tensor, " batch"] | None:
+        """The index of the expert that speaks, [batch]; None: all of them, for choosers that are joint.
 
-    def objective(self) -> Float[Tensor, "expert batch"]:
-        """How far each expert's law is from the targets it is asked to meet: the paper's summed objective."""
-        if self.alpha is not None:
-            return self.deltas.objective(self.alpha)
-        assert self.log_probs is not None
-        strong = self.deltas.family.strong.expand_as(self.log_probs)
-        log_probs = self.log_probs.to(strong.dtype)
-        return summed_objective(
-            kl_nats(log_probs, strong), kl_nats(strong, log_probs), self.deltas.forward, self.deltas.reverse
-        )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a chooser decided.
-
-    log_probs  [batch, vocab]   the fused law, normalised
-    alpha      [expert, batch]  0 for experts that do not speak; None for amounts that have no alpha
-    is_chosen  [expert, batch]  who speaks
-    moved      two of [batch]   KL(fused || strong) and KL(strong || fused) where they are known without another look
-                                at the vocabulary; else None
-    """
-
-    log_probs: Float[Tensor, "batch vocab"]
-    alpha: Float[Tensor, "expert batch"] | None
-    is_chosen: Bool[Tensor, "expert batch"]
-    moved: tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]] | None = None
-
-
-def choose(proposal: Proposal, expert: Int[Tensor, " batch"]) -> Choice:
-    """One expert per row, `expert` [batch], picked among the proposals of all."""
-    return _choice_of_one(proposal, place=expert, expert=expert, count=proposal.step.experts.shape[0])
-
-
-def let_speak(amount: AlphaAmount | DistributionAmount, step: Step, expert: Int[Tensor, " batch"]) -> Choice:
-    """One expert per row, known beforehand, asked to meet its own targets: the others cost nothing."""
-    narrowed = propose(amount, step.narrow(expert))
-    return _choice_of_one(narrowed, place=torch.zeros_like(expert), expert=expert, count=step.experts.shape[0])
-
-
-def _choice_of_one(proposal: Proposal, place: Tensor, expert: Tensor, count: int) -> Choice:
-    """The choice of the expert that stands in `place` [batch] of the proposal and is `expert` [batch] of `count`."""
-    everyone = torch.arange(count, device=expert.device)
-    is_chosen = everyone.unsqueeze(-1) == expert  # [expert, batch]
-    if proposal.alpha is None:
-        assert proposal.log_probs is not None
-        return Choice(take_expert(proposal.log_probs, place), None, is_chosen)
-    tilt = proposal.deltas.family.tilt(proposal.alpha, place)
-    alpha = torch.where(is_chosen, take_expert(proposal.alpha, place), 0.0)
-    return Choice(tilt.log_probs, alpha, is_chosen, moved=(tilt.kl_nats, tilt.reverse_kl_nats))
-
-
-def targets_of(step: Step, meets_all_targets: bool) -> DeltaTargets:
-    """The step's pull: every expert with its own targets, or each asked to meet the targets of all."""
-    return step.deltas.with_all_targets() if meets_all_targets else step.deltas
-
-
-def propose(amount: AlphaAmount | DistributionAmount, step: Step, meets_all_targets: bool = False) -> Proposal:
-    """What `amount` would do with each expert of the step alone."""
-    if isinstance(amount, AlphaAmount):
-        alpha = amount.alphas(step, targets_of(step, meets_all_targets))
-        return Proposal(step, meets_all_targets, alpha=alpha, log_probs=None)
-    return Proposal(step, meets_all_targets, alpha=None, log_probs=amount.log_probs(step))
+        objective   [expert, batch] of each expert alone, nats squared: the distance between its divergences and the
+                    targets of all experts; None unless `uses_objective`
+        """

@@ -1,4 +1,4 @@
-"""One decoding step as the strategies see it: all members' next-token laws at one position."""
+"""One decoding step as the strategies see it: all members' next-token distributions at one position."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +17,8 @@ class Step:
 
     strong, base  [batch, vocab]
     experts       [expert, batch, vocab]
-    who           [expert, batch]         which of all experts stands in each place; matters once a step is narrowed
-    names         names of all experts, in the order of `who`; empty when nobody named them
+    who           [expert, batch]         index of the expert at each position of the axis; matters once narrowed
+    names         names of all experts, in the order of `who`; empty where they have none
     """
 
     strong: Float[Tensor, "batch vocab"]
@@ -43,6 +43,6 @@ class Step:
         return torch.where(is_unknown, self.strong, self.experts + torch.log1p(-unknown_mass))
 
     def narrow(self, expert: Int[Tensor, " batch"]) -> "Step":
-        """The same step with one expert per row, given by `expert` [batch]: the others are not looked at."""
+        """The same step with one expert per row, given by its index `expert` [batch]: the others cost nothing."""
         experts, who = take_expert(self.experts, expert).unsqueeze(0), take_expert(self.who, expert).unsqueeze(0)
         return Step(self.strong, self.base, experts, who, self.names)

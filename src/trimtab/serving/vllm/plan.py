@@ -13,7 +13,7 @@ import torch
 from trimtab.core.errors import BadSetting, UnreadableModel, VocabularyMismatch
 from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
-from trimtab.logits.speculation.draft import Drafter, check_rule, drafter_for
+from trimtab.logits.speculation.draft import Drafter, canonical_rule, check_rule, drafter_for
 from trimtab.logits.strategy.fusion import Strategy, strategy_from_dict
 from trimtab.models import checkpoint, references
 from trimtab.models.loading import adapter_base
@@ -86,7 +86,7 @@ def _drafter_of(config: FusedConfig, strategy: Strategy) -> Drafter | None:
     rule = getattr(config, DRAFTER, None)
     if rule is None:
         return None
-    names = strategy.expert_names
+    rule, names = canonical_rule(rule), strategy.expert_names
     check_rule(rule, names)
     return drafter_for(rule, names, strategy, torch.zeros(len(names)))
 

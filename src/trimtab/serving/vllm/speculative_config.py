@@ -23,7 +23,7 @@ from trimtab.core.errors import BadSetting, TrimtabError
 from trimtab.core.files import atomic_directory
 from trimtab.logits import saving
 from trimtab.logits.config import FusedConfig
-from trimtab.logits.speculation.draft import CHEAPEST, LATELY, LEAST_NGRAM, NGRAM, PROMPT
+from trimtab.logits.speculation.draft import CHEAPEST, LEAST_NGRAM, NGRAM, PROMPT, RECENT
 from trimtab.logits.speculation.length import FIRST, LONGEST
 from trimtab.logits.speculation.plan import AUTO, Plan, too_small
 from trimtab.models import checkpoint, references
@@ -59,7 +59,7 @@ def speculative_config(directory: str | os.PathLike[str], member: str, tokens: i
     place = Path(os.fspath(directory))
     config = saving.read_config(place)
     _, _, experts = saving.references_of(config)
-    Plan(tokens, member).check(tuple(experts))
+    member = Plan(tokens, member).check(tuple(experts)).draft
     if tokens == 0:
         raise BadSetting("a draft has 0 tokens.", f"Expected: 1 to {LONGEST}.", f"pass tokens={FIRST}.")
     if member == PROMPT:
@@ -89,7 +89,7 @@ def translated(
 
     vLLM keeps one length and one drafter for as long as it runs. So "auto" stands for drafts of one length where the
     members' sizes say that they pay, and none where not, where layers' attention windows differ and are no masks, or
-    where the cache cannot hold a drafter; as drafters "auto" and "lately" stand for the first expert, full ones before
+    where the cache cannot hold a drafter; as drafters "auto" and "recent" stand for the first expert, full ones before
     adapters.
     """
     place = Path(os.fspath(directory))
@@ -110,7 +110,7 @@ def translated(
             return Speculation(None, f"Nobody drafts: {why_not}.")
     tokens = FIRST if chosen.fixed_length is None else chosen.fixed_length
     who = "The text's own n-grams draft" if rule == PROMPT else f"'{rule}' drafts"
-    is_ours = chosen.draft in (CHEAPEST, LATELY)
+    is_ours = chosen.draft in (CHEAPEST, RECENT)
     instead = f", in the place of '{chosen.draft}': vLLM keeps one drafter" if is_ours else ""
     try:
         told = speculative_config(place, rule, tokens)
@@ -122,8 +122,8 @@ def translated(
 
 
 def _settled(rule: str, place: Path, config: FusedConfig) -> str:
-    """A rule that holds while the engine runs: "auto" and "lately" become the first full expert, or adapter."""
-    if rule not in (CHEAPEST, LATELY):
+    """A rule that holds while the engine runs: "auto" and "recent" become the first full expert, or adapter."""
+    if rule not in (CHEAPEST, RECENT):
         return rule
     _, _, experts = saving.references_of(config)
     full = [name for name, part in experts.items() if not checkpoint.is_adapter(references.locate(part, place)[1])]

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from trimtab.core.settings import setting
 from trimtab.logits.solver.tolerances import RULED_OUT_NATS
+from trimtab.logits.strategy.base import Amount
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class Contrastive:
+class Contrastive(Amount):
     """Strong against base."""
 
+    is_joint: ClassVar[bool] = True
     uses_experts: ClassVar[bool] = False
 
     contrast: float = setting(

@@ -15,14 +15,15 @@ from torch import Tensor
 from trimtab.core.settings import setting
 from trimtab.logits.solver.deltas import DeltaTargets
 from trimtab.logits.solver.match import match_divergences
+from trimtab.logits.strategy.base import Amount
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class Dynamic:
+class Dynamic(Amount):
     """The paper's alpha, solved exactly."""
 
-    uses_experts: ClassVar[bool] = True
+    has_alpha: ClassVar[bool] = True
 
     alpha_max: float = setting(2.0, "the largest alpha that may be chosen", "factor", low=0.0, high=10.0)
 

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from trimtab.core.settings import setting
 from trimtab.logits.solver.tolerances import RULED_OUT_NATS
+from trimtab.logits.strategy.base import Amount
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class Filter:
+class Filter(Amount):
     """A bounded weight per token, from Bayes' rule."""
 
-    uses_experts: ClassVar[bool] = True
+    is_joint: ClassVar[bool] = True
 
     beta: float = setting(
         0.0, "share of what exceeds the cap that passes: 0 caps, 1 is proxy-tuning", "share", low=0.0, high=1.0

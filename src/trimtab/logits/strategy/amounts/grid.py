@@ -3,7 +3,7 @@
 Slow and plain on purpose: it is what the exact amount `dynamic` is measured against.
 
 Source: Fan et al. 2024, arXiv 2406.15480, Algorithm 1 (0 to 2 in steps of 0.1, one expert at a time, objective summed
-over the experts when the chooser is `paper`).
+over the experts when the chooser is `joint_objective`).
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,15 @@ from trimtab.core.divergence import kl_nats
 from trimtab.core.errors import BadSetting
 from trimtab.core.settings import setting
 from trimtab.logits.solver.deltas import DeltaTargets
+from trimtab.logits.strategy.base import Amount
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Amount):
     """The best alpha of a grid."""
 
-    uses_experts: ClassVar[bool] = True
+    has_alpha: ClassVar[bool] = True
 
     alpha_max: float = setting(2.0, "the largest alpha of the grid", "factor", low=0.0, high=10.0)
     alpha_step: float = setting(0.1, "the distance between two alphas of the grid", "factor", low=0.001, high=10.0)

@@ -17,14 +17,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimtab.core.settings import setting
+from trimtab.logits.strategy.base import Amount
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class Product:
+class Product(Amount):
     """A geometric mean."""
 
-    uses_experts: ClassVar[bool] = True
+    is_joint: ClassVar[bool] = True
+    uses_base: ClassVar[bool] = False
 
     weight: float = setting(0.5, "the experts' share: 0 is the strong model, 1 the expert", "share", low=0.0, high=1.0)
 

@@ -5,7 +5,7 @@ for Fine-tuning Large Language Models using Small Language Models", arXiv 2310.1
 after section 6.2 of the former.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,16 +15,18 @@ from torch import Tensor
 from trimtab.core.errors import BadSetting
 from trimtab.core.settings import setting
 from trimtab.logits.solver.deltas import DeltaTargets
+from trimtab.logits.strategy.base import Amount
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class Static:
+class Static(Amount):
     """A fixed alpha per expert, the same at every step."""
 
-    uses_experts: ClassVar[bool] = True
+    has_alpha: ClassVar[bool] = True
+    is_joint: ClassVar[bool] = True
 
-    alpha: float | dict[str, float] = setting(  # noqa: RUF009 - a field with metadata
+    alpha: float | dict[str, float] = setting(
         1.0,
         "how much of each expert's delta is added: one number for all experts, or one per name; 0 gives the strong "
         "model back, 1 is proxy-tuning",
@@ -43,14 +45,20 @@ class Static:
                 f"alpha={example}.",
             )
 
+    def narrowed(self, names: tuple[str, ...]) -> "Static":
+        """Alphas by name only of these experts."""
+        if not isinstance(self.alpha, dict):
+            return self
+        return replace(self, alpha={name: alpha for name, alpha in self.alpha.items() if name in names})
+
     def alphas(self, step: Step, deltas: DeltaTargets) -> Float[Tensor, "expert batch"]:
         """The alphas as set. [expert, batch]"""
         if not isinstance(self.alpha, dict):
             return torch.full_like(deltas.forward[0], self.alpha)
         self.check_names(step.names)
         alphas = torch.zeros_like(deltas.forward[0])
-        for place, name in enumerate(step.names):  # a table of alphas would be a copy to the device at every step
-            alphas = torch.where(step.who == place, self.alpha[name], alphas)
+        for index, name in enumerate(step.names):  # a table of alphas would be a copy to the device at every step
+            alphas = torch.where(step.who == index, self.alpha[name], alphas)
         return alphas
 
     def joint_log_probs(self, step: Step) -> Float[Tensor, "batch vocab"]:

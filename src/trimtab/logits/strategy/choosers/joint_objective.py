@@ -1,27 +1,30 @@
-"""The paper's rule for several experts: each is tried alone against the summed objective, the best one speaks.
+"""The published rule for several experts: each is tried alone against the summed objective, the best one speaks.
 
     min over alpha in R^T with one entry non-zero of
         sum_t [KL(P~||P) - KL(Q_t||Q)]^2 + [KL(P||P~) - KL(Q||Q_t)]^2
 
-Source: Fan et al. 2024, arXiv 2406.15480, the objective for several experts and Algorithm 1. For amounts other than
-the paper's the same objective picks among what the amount proposes for each expert.
+For amounts other than the published ones the same objective picks among the distributions of the single experts.
+
+Source: Fan et al. 2024, arXiv 2406.15480, the objective for several experts and Algorithm 1.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from trimtab.logits.strategy.base import AlphaAmount, Choice, DistributionAmount, choose, propose
+from trimtab.logits.strategy.base import Chooser
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class JointObjective:
-    """The expert whose fused law comes closest to the targets of all experts."""
+class JointObjective(Chooser):
+    """The expert whose fused distribution comes closest to the targets of all experts."""
 
-    def __call__(self, step: Step, amount: AlphaAmount | DistributionAmount) -> Choice:
+    uses_objective: ClassVar[bool] = True
+
+    def choose(self, step: Step, objective: Float[Tensor, "expert batch"] | None) -> Int[Tensor, " batch"]:
         """One expert per row; at equal objectives the first."""
-        proposal = propose(amount, step, meets_all_targets=True)
-        if step.experts.shape[0] == 1:  # nothing to compare
-            return choose(proposal, expert=torch.zeros_like(step.who[0]))
-        return choose(proposal, expert=proposal.objective().argmin(dim=0))
+        assert objective is not None  # as `uses_objective` asks
+        return objective.argmin(dim=0)

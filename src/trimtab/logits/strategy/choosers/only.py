@@ -3,19 +3,24 @@
 Source: ours; every other chooser is measured against it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from trimtab.core.errors import BadSetting, unknown_name
 from trimtab.core.settings import setting
-from trimtab.logits.strategy.base import AlphaAmount, Choice, DistributionAmount, let_speak
+from trimtab.logits.strategy.base import Chooser
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class Only:
+class Only(Chooser):
     """The named expert, asked to meet its own targets."""
+
+    is_fixed: ClassVar[bool] = True
 
     expert: str | None = setting(
         None, "the name of the expert that speaks; may be left out when there is only one", "name"
@@ -32,11 +37,15 @@ class Only:
         if self.expert is not None and self.expert not in names:
             raise unknown_name("expert", self.expert, names)
 
-    def __call__(self, step: Step, amount: AlphaAmount | DistributionAmount) -> Choice:
+    def narrowed(self, names: tuple[str, ...]) -> "Only":
+        """Where one expert alone may speak, it does."""
+        return replace(self, expert=names[0]) if len(names) == 1 else self
+
+    def choose(self, step: Step, objective: Float[Tensor, "expert batch"] | None) -> Int[Tensor, " batch"]:
         """The same expert in every row."""
         if len(step.names) == 0 and self.expert is None and step.experts.shape[0] == 1:
-            place = 0
+            index = 0
         else:
             self.check_names(step.names)
-            place = 0 if self.expert is None else step.names.index(self.expert)
-        return let_speak(amount, step, expert=torch.full_like(step.who[0], place))
+            index = 0 if self.expert is None else step.names.index(self.expert)
+        return torch.full_like(step.who[0], index)

@@ -11,18 +11,21 @@ Source: Liu et al. 2024, arXiv 2401.08565, for static; the others are ours.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from trimtab.logits.strategy.base import AlphaAmount, Choice, JointAmount
+from trimtab.logits.strategy.base import Chooser
 from trimtab.logits.strategy.step import Step
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Chooser):
     """Every expert speaks."""
 
-    def __call__(self, step: Step, amount: JointAmount) -> Choice:
+    is_joint: ClassVar[bool] = True
+
+    def choose(self, step: Step, objective: Float[Tensor, "expert batch"] | None) -> None:
         """All experts in every row."""
-        alpha = amount.alphas(step, step.deltas) if isinstance(amount, AlphaAmount) else None
-        return Choice(amount.joint_log_probs(step), alpha, torch.ones_like(step.who, dtype=torch.bool))
+        return
