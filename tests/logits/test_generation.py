@@ -185,7 +185,7 @@ def test_token_0_is_a_token_where_nothing_is_padding():
     base = tiny.make(seed=1)
     for name in ("pad_token_id", "eos_token_id"):
         setattr(base.generation_config, name, None)
-    model = FusedCausalLM.from_members(base, base, {"x": base})  # without a tokenizer
+    model = FusedCausalLM.from_members(base, base, {"x": tiny.tuned(base, 2)})  # without a tokenizer
     assert model.config.pad_token_id is None
     prompt = torch.full((1, tiny.CONTEXT - 4), 9)
     options = {"max_new_tokens": 20, "do_sample": False, "prefix_allowed_tokens_fn": only(0)}

@@ -19,20 +19,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_strategy(parser, has_directory=False)
     options.add_speculation(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the directory to write")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="load all members and compare what they compute, as the first opening does",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the members once, so that what does not fit is said now, and write the directory."""
-    from trimtab import FusedCausalLM
-
+    """Compare the members by their files, so that what does not fit is said now, and write the directory."""
     members = options.members_of(args)
     strategy = options.strategy_of(args, tuple(members["experts"]))
     options.quiet_transformers()
     folder = output.check_folder(args.output, args.force)
-    fused = FusedCausalLM.from_members(**members, strategy=strategy, **options.one_pass_of(args))
-    options.set_speculation(args, fused)
-    fused.save_pretrained(folder)
+    if args.probe:
+        from trimtab import FusedCausalLM
+
+        fused = FusedCausalLM.from_members(**members, strategy=strategy, **options.one_pass_of(args))
+        options.set_speculation(args, fused)
+        fused.save_pretrained(folder)
+    else:
+        from trimtab.logits.writing import write_fused
+
+        drafts = options.speculation_of(args, options.AUTO)
+        given: dict[str, Any] = {
+            name: value
+            for name, value in zip(("speculate", "speculate_draft"), drafts, strict=True)
+            if value is not None
+        }
+        write_fused(folder, **members, strategy=strategy, **options.one_pass_of(args), **given)
     settings = {**{name: members[name] for name in ("strong", "base", "experts")}, "strategy": strategy.to_dict()}
     result = {"directory": str(folder), "files": sorted(file.name for file in folder.iterdir())}
     output.emit(args.json, output.document(result, settings), lambda: show(folder, settings))

@@ -29,7 +29,7 @@ from trimtab.logits.forward.streams import Streams
 from trimtab.logits.generation import FusedGenerationMixin, check_offered
 from trimtab.logits.members import Members
 from trimtab.logits.speculation.plan import Plan
-from trimtab.logits.strategy.fusion import Strategy, make_strategy, strategy_from_dict
+from trimtab.logits.strategy.fusion import Strategy, as_strategy
 from trimtab.logits.trace import Trace, TraceStep, trace_steps
 from trimtab.models import prompts as prompt_forms
 from trimtab.models.conversations import ChatArguments
@@ -122,7 +122,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         members = member_loading.gather(strong, base, experts, placement)
         words = TokenWords(token_map or {}, special_tokens)
         fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass, chat_template, words)
-        member_loading.check_descent(members, fused.reader.read_alone, fused.config.vocab_size)
+        member_loading.check_descent(members, fused.reader.read_alone, fused.config.vocab_size, prompts or ())
         return fused
 
     @classmethod
@@ -218,12 +218,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     @strategy.setter
     def strategy(self, strategy: Strategy | str | Mapping[str, Any]) -> None:
-        names = self.expert_names
-        if isinstance(strategy, str):
-            strategy = make_strategy(strategy, expert_names=names)
-        elif isinstance(strategy, Mapping):
-            strategy = strategy_from_dict(strategy, names)
-        self._strategy = strategy.for_experts(names) if names else strategy
+        self._strategy = as_strategy(strategy, self.expert_names)
         self.config.strategy = self._strategy.to_dict()
         if self._cost_model is not None:  # another law takes other drafts; forwards cost what they did
             self._cost_model = replace(self._cost_model, histories={})

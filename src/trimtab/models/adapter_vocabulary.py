@@ -52,7 +52,8 @@ def adapter_vocabulary(name: str, directory: Path, model: Any) -> AdapterVocabul
         if end is None:
             continue
         rows, is_changed, has_output = part.get_shape()[0], True, has_output or end == "output"
-        if rows == base_rows and _is_of_base(key, names[end], kept):
+        # Without weights (a base on the meta device) nothing can be overwritten.
+        if rows == base_rows and not _bare(modules[end]).weight.is_meta and _is_of_base(key, names[end], kept):
             overwrites = overwrites or not _agrees(part[:], _bare(modules[end]).weight)
     rows = max(rows, *(index + 1 for index in tokens), base_rows) if tokens else rows
     is_resized = rows != base_rows

@@ -5,7 +5,7 @@ the tensors: https://huggingface.co/docs/safetensors. Headers are small for any 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,11 @@ class StoredTensor:
 def is_adapter(directory: Path) -> bool:
     """Whether the directory holds a PEFT adapter."""
     return (directory / ADAPTER_CONFIG).is_file()
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether the weights are stored packed, by a quantization method or as a GGUF file."""
+    return directory.is_file() or bool(read_json(directory / "config.json").get("quantization_config"))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -267,25 +272,26 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def slices(directory: Path, names: list[str], pieces: int, piece_numbers: int) -> Iterator[tuple[str, torch.Tensor]]:
+def slices(wanted: Mapping[str, tuple[StoredTensor, int]], pieces: int, piece_numbers: int) -> dict[str, torch.Tensor]:
     """Evenly spaced pieces of some tensors, each [numbers] float64; only these pieces are read from disk.
 
-    pieces          rows that are looked at per matrix
+    wanted          {name in its file: (tensor, how many of its rows count)}
+    pieces          rows that are looked at per tensor
     piece_numbers   numbers of each row
     """
     from safetensors import safe_open
 
-    stored = tensors(directory)
-    for file in sorted({stored[name].file for name in names}):
+    found = {}
+    for file in sorted({tensor.file for tensor, _ in wanted.values()}):
         with safe_open(str(file), framework="pt") as opened:
-            for name in names:
-                if stored[name].file != file:
+            for name, (tensor, count) in wanted.items():
+                if tensor.file != file:
                     continue
-                part, shape = opened.get_slice(name), stored[name].shape
-                first = tuple(slice(0, 1) for _ in shape[1:-1])
-                rows = sorted({index * (shape[0] - 1) // max(1, pieces - 1) for index in range(pieces)})
+                part, first = opened.get_slice(name), tuple(slice(0, 1) for _ in tensor.shape[1:-1])
+                rows = sorted({index * (count - 1) // max(1, pieces - 1) for index in range(pieces)})
                 taken = [part[(slice(row, row + 1), *first, slice(0, piece_numbers))] for row in rows]
-                yield name, torch.cat([piece.reshape(-1) for piece in taken]).double()
+                found[name] = torch.cat([piece.reshape(-1) for piece in taken]).double()
+    return found
 
 
 def _listed(names: list[str], shown: int = 3) -> str:

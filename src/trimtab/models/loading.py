@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from trimtab.core.errors import BadSetting, MemberMismatch, UnreadableModel, unknown_name
-from trimtab.models import adapters, checkpoint, kinds, quantization, references, vocabulary
+from trimtab.models import adapter_fit, adapters, checkpoint, kinds, quantization, references, vocabulary
 from trimtab.models.adapter_vocabulary import adapter_vocabulary
 from trimtab.models.context import context_of
-from trimtab.models.opening import is_spread, load_model
+from trimtab.models.opening import is_spread, load_model, load_outline
 from trimtab.models.references import Reference
 from trimtab.models.token_ids import FusedVocabulary
 
@@ -124,7 +124,9 @@ class Member:
 class MemberLoader:
     """Loads members; a directory that is asked for twice is loaded once."""
 
-    def __init__(self, placement: Placement, beside: Path | None = None) -> None:
+    def __init__(self, placement: Placement, beside: Path | None = None, is_outline: bool = False) -> None:
+        """The loader of one fused model; see `gather`."""
+        self._is_outline = is_outline
         self._placement = placement
         self._beside = beside
         self._models: dict[Any, Any] = {}
@@ -156,11 +158,14 @@ class MemberLoader:
         tokens = adapter_vocabulary(name, directory, under.model)
         if tokens.is_separate:
             under = replace(under, model=self._resized(name, directory, under, tokens.rows))
+        own = tokenizer if tokens.is_changed and tokenizer is not None else under.tokenizer
+        if self._is_outline:
+            adapter_fit.check_fit(name, directory, under.model)
+            return Member(name, under.model, name, reference, directory, own, doubt, tokenizer)
         switch = self.switches.setdefault(id(under.model), adapters.switch_for(under.model))
         key = ("adapter", directory, id(under.model))
         if key not in self._models:
             self._models[key] = switch.attach(name, directory)
-        own = tokenizer if tokens.is_changed and tokenizer is not None else under.tokenizer
         return Member(name, under.model, self._models[key], reference, directory, own, doubt, tokenizer)
 
     def _given(self, name: str, model: Any, base: Member | None) -> Member:
@@ -237,6 +242,8 @@ class MemberLoader:
             placement.device_of(name),
             placement.quantization_of(name),
         )
+        if self._is_outline:
+            return load_outline(name, directory, dtype)
         return load_model(name, directory, dtype, device, placement.attn_implementation, quantized, self._memory_left())
 
     def _memory_left(self) -> dict[Any, int] | None:

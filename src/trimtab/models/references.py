@@ -209,6 +209,11 @@ def digest(directory: Path) -> str:
     return _digest([*_config_files(directory), *weight_files(directory)])
 
 
+def weights_digest(directory: Path) -> str:
+    """As `digest`, of the weights alone."""
+    return _digest(weight_files(directory))
+
+
 def _earlier_digest(directory: Path) -> str:
     """As digests were made before copies of the weights in other formats were left out."""
     pattern = "adapter_model*.safetensors" if is_adapter(directory) else "*.safetensors"

@@ -244,6 +244,15 @@ def strategy_from_dict(description: Mapping[str, Any], expert_names: Sequence[st
     return make_strategy(description["amount"], chooser=chooser, expert_names=expert_names, **settings)
 
 
+def as_strategy(given: Strategy | str | Mapping[str, Any], expert_names: Sequence[str]) -> Strategy:
+    """A strategy for these experts, from itself, an amount's name or {"amount", "chooser", "settings"}."""
+    if isinstance(given, str):
+        given = make_strategy(given, expert_names=expert_names)
+    elif isinstance(given, Mapping):
+        given = strategy_from_dict(given, expert_names)
+    return given.for_experts(tuple(expert_names)) if expert_names else given
+
+
 def describe_settings(name: str) -> tuple[Setting, ...]:
     """The settings of an amount or a chooser: name, type, default, unit, bounds and meaning.
 
