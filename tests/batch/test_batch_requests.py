@@ -2,8 +2,9 @@
 
 import pytest
 
-from trimtab.batch.requests import CHAT, COMPLETIONS, IDLE, NUMBERS, SHARED, TRANSFORMERS_LACKS, read_request
+from trimtab.batch.requests import CHAT, COMPLETIONS, IDLE, NUMBERS, OWN, SHARED, TRANSFORMERS_LACKS, read_request
 from trimtab.core.errors import BadSetting
+from trimtab.models.conversations import ChatArguments
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
@@ -58,7 +59,9 @@ def test_every_field_that_is_taken_changes_what_is_asked(name):
 def test_idle_fields_pass_at_values_that_change_nothing_and_are_refused_at_others(name):
     for value in (None, *IDLE[name]):
         assert chat(**{name: value}) == chat()
-    if IDLE[name]:
+    if name in OWN[CHAT]:  # idle in completions alone
+        assert completion(**{name: IDLE[name][0]}) == completion()
+    elif IDLE[name]:
         with pytest.raises(BadSetting, match=f"{name} is .*, which trimtab does not offer in batches"):
             chat(**{name: "x"})
     else:
@@ -86,10 +89,19 @@ def test_a_temperature_next_to_nothing_is_refused(value):
     ("url", "body", "says"),
     [
         (CHAT, {"messages": []}, r"messages is \[\]"),
-        (CHAT, {"messages": ["x"]}, 'a message is "x"'),
+        (CHAT, {"messages": ["x"]}, "a message is 'x'"),
         (CHAT, {"messages": [{"role": "user"}]}, "the content of a message is null"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "the content of a message is"),
-        (CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "has tool_calls"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "a tool call is {}"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "audio": {}}]}, "has audio"),
+        (CHAT, {"messages": MESSAGES, "tools": {"name": "x"}}, "tools is"),
+        (CHAT, {"messages": MESSAGES, "documents": ["x"]}, "documents is"),
+        (CHAT, {"messages": MESSAGES, "chat_template_kwargs": ["x"]}, "chat_template_kwargs is"),
+        (CHAT, {"messages": MESSAGES, "chat_template_kwargs": {"tokenize": False}}, "tokenize is not for encode"),
+        (CHAT, {"messages": MESSAGES, "continue_final_message": 1}, "continue_final_message is 1"),
+        (CHAT, {"messages": MESSAGES, "continue_final_message": True}, "are both set"),
+        (CHAT, {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice is"),
+        (COMPLETIONS, {"prompt": "x", "tools": [{}]}, "tools is .*, which trimtab does not offer"),
         (CHAT, {"messages": MESSAGES, "prompt": "x"}, "knows no field 'prompt'"),
         (CHAT, {"messages": MESSAGES, "top_logprobs": 3}, "top_logprobs is 3 without logprobs"),
         (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, "top_logprobs is 21"),
@@ -128,7 +140,40 @@ def test_prompts_come_in_four_forms():
     assert completion(prompt=[1, 2]).prompts == ((1, 2),)
     assert completion(prompt=[[1], [2, 3]]).prompts == ((1,), (2, 3))
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    assert chat(messages=[{"role": "user", "content": parts}]).prompts == (({"role": "user", "content": "one\ntwo"},),)
+    assert chat(messages=[{"role": "user", "content": parts}]).prompts == (({"role": "user", "content": parts},),)
+
+
+def test_fields_of_conversations_are_taken_as_vllm_reads_them():
+    assert chat().chat == ChatArguments(add_generation_prompt=True, continue_final_message=False)
+    asked = chat(
+        tools=[{"type": "function"}],
+        documents=[{"text": "t"}],
+        chat_template_kwargs={"enable_thinking": False},
+        add_generation_prompt=False,
+        continue_final_message=True,
+        tool_choice="auto",
+    ).chat
+    values = {"tools": [{"type": "function"}], "documents": [{"text": "t"}], "enable_thinking": False}
+    assert asked == ChatArguments(continue_final_message=True, add_generation_prompt=False, values=values)
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    talk = [
+        *MESSAGES,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "1", "tool_call_id": "x"},
+    ]
+    (read,) = chat(messages=talk).prompts
+    assert read[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert read[2]["tool_call_id"] == "x"
+
+
+def test_what_a_request_leaves_out_comes_from_the_directory():
+    def asked(**body):
+        content = {"url": CHAT, "body": {"messages": MESSAGES} | body}
+        return read_request(content, defaults={"temperature": 0.6, "top_k": -1, "max_tokens": 7}).sampling
+
+    assert (asked().temperature, asked().top_k) == (0.6, 0)
+    assert asked(temperature=0).temperature == 0
+    assert asked().max_tokens is None, "the worker knows how many there is room for"
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS_LACKS)

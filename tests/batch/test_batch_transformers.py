@@ -1,6 +1,7 @@
 """Requests answered by the transformers engine, against the fused model asked directly."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from trimtab.batch.responses import LOWEST_LOGPROB
 from trimtab.batch.rows import Row, RowError, answered
 from trimtab.batch.transformers_engine import TransformersEngine
 from trimtab.batch.worker import Answering
+from trimtab.logits.generation_settings import sampling_defaults
 
 PROMPTS = ["Where is Ada?", "12+7", "a", "The quick brown fox sleeps."]
 
@@ -280,9 +282,11 @@ def test_a_row_that_cannot_be_prepared_for_another_reason_fails_alone_too(worker
 
 @pytest.mark.parametrize("prompts", [{}, {"math": "Please answer: {prompt}"}])
 def test_without_a_chat_template_a_conversation_is_written_as_serve_writes_it(fused_dir, tmp_path, prompts):
-    folder = fused_dir.parent
-    members = (str(folder / "strong"), str(folder / "base"), {"math": str(folder / "math")})
-    bare = FusedCausalLM.from_members(*members, tokenizer=tiny.make_tokenizer(), prompts=prompts)
+    for name in ("strong", "base", "math"):
+        shutil.copytree(fused_dir.parent / name, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").unlink()
+    members = (str(tmp_path / "strong"), str(tmp_path / "base"), {"math": str(tmp_path / "math")})
+    bare = FusedCausalLM.from_members(*members, prompts=prompts)
     bare.save_pretrained(tmp_path / "bare")
     worker = Answering(TransformersEngine(tmp_path / "bare"), ["bare"])
     messages = [{"role": role, "content": "1+1"} for role in ("system", "user")]
@@ -339,3 +343,65 @@ def test_a_worker_draws_afresh_although_torch_starts_every_process_alike(fused_d
     torch.manual_seed(0)
     TransformersEngine(fused_dir)
     assert len({0, one, torch.initial_seed()}) == 3
+
+
+def test_conversations_are_rendered_as_their_request_says(fused):
+    """Each row of a batch by its own fields, for every member."""
+    thinking = (
+        tiny.CHAT + "{% if tools %}T{% endif %}{% if enable_thinking is defined and not enable_thinking %}#{% endif %}"
+    )
+    fused = tuned_to(fused, thinking, prompts={"math": "chat"})
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes, "}]
+    rows = {
+        "plain": ({"messages": talk[:1]}, {}),
+        "thinking": (
+            {"messages": talk[:1], "chat_template_kwargs": {"enable_thinking": False}},
+            {"enable_thinking": False},
+        ),
+        "tools": ({"messages": talk[:1], "tools": [{"type": "function"}]}, {"tools": [{"type": "function"}]}),
+        "second turn": ({"messages": talk}, {"add_generation_prompt": True}),
+        "continued": (
+            {"messages": talk, "continue_final_message": True, "add_generation_prompt": False},
+            {"continue_final_message": True},
+        ),
+    }
+    worker = Answering(WithModel(fused), ["fused"])
+    answers = ask(worker, *(chat(name, "", max_tokens=6, **body) for name, (body, _) in rows.items()))
+    for answer, (body, options) in zip(answers, rows.values(), strict=True):
+        wanted = fused.generate_text(body["messages"], options, max_new_tokens=6, do_sample=False, speculate=0)[0]
+        assert first(answer)["message"]["content"] == wanted
+
+
+def test_rows_follow_the_directorys_generation_settings_unless_they_say_otherwise(fused):
+    fused = tuned_to(fused, tiny.CHAT)
+    fused.generation_config.update(temperature=0.01, min_p=0.2, repetition_penalty=1.5, max_new_tokens=4, top_k=3)
+    worker = Answering(WithModel(fused), ["fused"])
+    free = {"temperature": None}
+    silent, loud = ask(
+        worker,
+        chat("silent", "Hi", **free),
+        chat("loud", "Hi", temperature=0, min_p=0, repetition_penalty=1, top_k=0, max_tokens=9),
+    )
+    assert silent["usage"]["completion_tokens"] <= 4
+    talk = [{"role": "user", "content": "Hi"}]
+    options = {"do_sample": False, "speculate": 0}
+    assert first(silent)["message"]["content"] == fused.generate_text(talk, **options)[0]
+    plain = {"repetition_penalty": 1.0, "max_new_tokens": 9, **options}
+    assert first(loud)["message"]["content"] == fused.generate_text(talk, **plain)[0]
+
+
+def tuned_to(fused, template, **options):
+    """The same members with a chat template of this test's own."""
+    members = fused.members
+    experts = {name: member.model for name, member in members.experts.items()}
+    tokenizer = tiny.make_tokenizer(chat_template=template)
+    return FusedCausalLM.from_members(members.strong.model, members.base.model, experts, tokenizer=tokenizer, **options)
+
+
+class WithModel(TransformersEngine):
+    """The engine on a model that is loaded."""
+
+    def __init__(self, fused):
+        self._fused, self.tokenizer = fused, fused.tokenizer
+        self.context, self.vocab_size = fused.config.max_position_embeddings, fused.config.vocab_size
+        self.defaults = sampling_defaults(fused.generation_config)

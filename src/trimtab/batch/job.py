@@ -18,7 +18,7 @@ from trimtab.batch.requests import TRANSFORMERS_LACKS
 from trimtab.batch.rows import Execute, Outcome, Row, RowError, Worker, as_json
 from trimtab.batch.runner import InProcess, about, run
 from trimtab.core.errors import BadSetting, InputError, TrimtabError, UnreadableModel, unknown_name
-from trimtab.logits import saving
+from trimtab.logits import generation_settings, saving
 from trimtab.logits.config import FusedConfig
 from trimtab.models import checkpoint, vocabulary
 from trimtab.serving.parse_bool import is_on
@@ -320,7 +320,8 @@ def _drafting(
         return False, None
     if config.speculate != 0:
         rows = [line.row for line in lines if line.row is not None]
-        why_not = next((why for row in rows if (why := _against_drafts(row)) is not None), None)
+        defaults = _defaults(directory, config, settings)
+        why_not = next((why for row in rows if (why := _against_drafts(row, defaults)) is not None), None)
         if why_not is not None:
             return False, f"Nobody drafts: {why_not}."
     found = _translated(directory, settings)
@@ -332,9 +333,18 @@ def _translated(directory: Path, settings: Settings) -> Speculation:
     return translated(directory, are_windows_masks=is_on(settings.options.get("disable_hybrid_kv_cache_manager")))
 
 
-def _against_drafts(row: Row) -> str | None:
+def _defaults(directory: Path, config: FusedConfig, settings: Settings) -> dict[str, Any]:
+    """What vLLM takes for what requests leave out, see its own `generation_config`."""
+    source = settings.options.get("generation_config", "auto")
+    if source == "vllm":
+        return {}
+    place = directory if source == "auto" else Path(str(source))
+    return generation_settings.sampling_defaults(generation_settings.read(place, config))
+
+
+def _against_drafts(row: Row, defaults: Mapping[str, Any]) -> str | None:
     """Why a request cannot be answered, or not as it must be, by vLLM beside drafts."""
-    body = row.content["body"]
+    body = {**defaults, **{name: value for name, value in row.content["body"].items() if value is not None}}
     if body.get("min_p"):
         return f"row {as_json(row.id)} asks for min_p, which vLLM refuses beside drafts"
     if is_least_kept_too_long(body.get("min_tokens"), body.get("max_completion_tokens") or body.get("max_tokens")):

@@ -4,14 +4,16 @@ and are not known here are refused, never ignored.
 The form is that of `vllm run-batch` and of OpenAI's batches: {"custom_id", "method", "url", "body"}.
 """
 
+import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from math import inf
 from typing import Any
 
 from trimtab.batch.rows import as_json
 from trimtab.core.errors import BadSetting
+from trimtab.models.conversations import ChatArguments, checked_messages
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT, COMPLETIONS)
@@ -20,7 +22,7 @@ MOST_TEXTS = 128  # n, as in OpenAI's interface
 MOST_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in OpenAI's interface
 
-Prompt = str | tuple[int, ...] | tuple[dict[str, str], ...]  # a text, token ids, or a conversation
+Prompt = str | tuple[int, ...] | tuple[dict[str, Any], ...]  # a text, token ids, or a conversation
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: its prompts (chat: one conversation) and how to go on from each."""
+    """A checked request: its prompts (chat: one conversation, and how it is rendered) and how to go on from each."""
 
     is_chat: bool
     model: str | None
     prompts: tuple[Prompt, ...]
     sampling: Sampling
+    chat: ChatArguments = field(default_factory=ChatArguments)
 
 
 # name -> (type, lowest, highest); a lowest bound in OPEN is not reached.
@@ -84,7 +87,10 @@ COLDEST = 1e-6  # temperatures that are not 0: logits divided by less than that 
 LENGTHS = ("max_tokens", "max_completion_tokens")
 OPEN = ("top_p", "repetition_penalty")
 OWN = {
-    CHAT: ("messages", "max_completion_tokens", "top_logprobs"),
+    CHAT: (
+        *("messages", "max_completion_tokens", "top_logprobs"),
+        *("tools", "documents", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+    ),
     COMPLETIONS: ("prompt",),
 }
 SHARED = (*NUMBERS, "max_tokens", "model", "stop", "stop_token_ids", "ignore_eos", "logprobs", "response_format")
@@ -98,22 +104,32 @@ IDLE: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tools", "functions", "bad_words", "documents", "allowed_token_ids", "modalities"), ([],)),
     **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
     **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt"), (True,)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none",)),
+    "tool_choice": ("none", "auto"),  # what the model writes is its text, calls of tools included
+    "function_call": ("none",),
     **dict.fromkeys(("suffix", "stream_options", "prompt_logprobs", "structured_outputs", "chat_template"), ("",)),
     "length_penalty": (1,),
     "best_of": (1,),
 }
 
 
+MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+
+
 # What `generate` of transformers cannot follow as vLLM does.
 TRANSFORMERS_LACKS = ("presence_penalty", "frequency_penalty", "ignore_eos", "response_format")
 
 
-def read_request(content: Mapping[str, Any], without: Collection[str] = (), engine: str = "") -> Request:
+def read_request(
+    content: Mapping[str, Any],
+    without: Collection[str] = (),
+    engine: str = "",
+    defaults: Mapping[str, Any] | None = None,
+) -> Request:
     """The request of a row's {"url", "body"}.
 
     without   fields that the engine cannot follow
     engine    its name, for messages
+    defaults  numbers for what a request leaves out, see `sampling_defaults`
     raises    BadSetting, naming field, value, and what to do
     """
     url, body = content["url"], content["body"]
@@ -126,7 +142,8 @@ def read_request(content: Mapping[str, Any], without: Collection[str] = (), engi
                 "leave it out, or run the batch with --engine vllm.",
             )
     is_chat = url == CHAT
-    numbers = {name: _number(name, body[name]) for name in NUMBERS if body.get(name) is not None}
+    given = {**(defaults or {}), **{name: value for name, value in body.items() if value is not None}}
+    numbers = {name: _number(name, given[name]) for name in NUMBERS if name in given}
     if numbers.get("top_k") == -1:
         numbers["top_k"] = 0
     if numbers.get("seed") == -1:  # vLLM's word for none
@@ -145,7 +162,25 @@ def read_request(content: Mapping[str, Any], without: Collection[str] = (), engi
             f"n is {sampling.n} at temperature 0.", "All texts would be the same.", "set a temperature, or n to 1."
         )
     prompts = (_messages(body.get("messages")),) if is_chat else _prompts(body.get("prompt"))
-    return Request(is_chat, _model(body.get("model")), prompts, sampling)
+    return Request(is_chat, _model(body.get("model")), prompts, sampling, _chat(body) if is_chat else ChatArguments())
+
+
+def _chat(body: Mapping[str, Any]) -> ChatArguments:
+    """How the conversation is rendered, with the fields and defaults of vLLM: by default a new turn is opened."""
+    values = body.get("chat_template_kwargs") or {}
+    if not isinstance(values, dict):
+        raise BadSetting(f"chat_template_kwargs is {_shown(values)}.", 'Expected: {"NAME": VALUE}.', "correct it.")
+    opens = body.get("add_generation_prompt")
+    asked: dict[str, Any] = {
+        "add_generation_prompt": True if opens is None else _flag(body, "add_generation_prompt"),
+        "continue_final_message": _flag(body, "continue_final_message"),
+    }
+    for name in ("tools", "documents"):
+        listed = body.get(name) or []
+        if not isinstance(listed, list) or not all(isinstance(part, dict) for part in listed):
+            raise BadSetting(f"{name} is {_shown(listed)}.", "Expected: a list of objects.", "correct it.")
+        asked |= {name: listed} if listed else {}
+    return ChatArguments.of({**asked, **values})
 
 
 def check_fields(url: str, body: Mapping[str, Any]) -> None:
@@ -279,7 +314,7 @@ def _prompt(prompt: Any) -> Prompt:
     raise BadSetting(f"a prompt is {_shown(prompt)}.", "Expected: a text of at least one token.", "fill it.")
 
 
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
+def _messages(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not value:
         raise BadSetting(
             f"messages is {_shown(value)}.", 'Expected: [{"role": ..., "content": ...}, ...].', "add a message."
@@ -287,25 +322,33 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
     return tuple(_message(message) for message in value)
 
 
-def _message(message: Any) -> dict[str, str]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise BadSetting(f"a message is {_shown(message)}.", 'Expected: {"role": ..., "content": ...}.', "correct it.")
-    more = [name for name in message if name not in ("role", "content", "name") and message[name] not in (None, [])]
+def _message(message: Any) -> dict[str, Any]:
+    (found,) = checked_messages([message])
+    more = [name for name in found if name not in MESSAGE and found[name] not in (None, [])]
     if more:
         raise BadSetting(
-            f"a message of the {message['role']} has {', '.join(more)}.",
-            "Members read texts: no tools, images or sound.",
+            f"a message of the {found['role']} has {', '.join(more)}.",
+            f"Members read texts. Known: {', '.join(MESSAGE)}.",
             "leave it out.",
         )
-    found = {"role": message["role"], "content": _content(message.get("content"))}
-    return found | ({"name": str(message["name"])} if message.get("name") is not None else {})
+    calls = found.get("tool_calls") or []
+    if found.get("content") is None and not calls:
+        raise BadSetting("the content of a message is null.", "Expected: a text.", "fill it.")
+    kept = {name: value for name, value in found.items() if value not in (None, []) or name == "content"}
+    return kept | ({"tool_calls": [_call(call) for call in calls]} if calls else {})
 
 
-def _content(content: Any) -> str:
-    """A text, or text parts, which are joined by line breaks as vLLM joins them."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    for part in parts:
-        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not is_text or set(part) - {"type", "text"}:
-            raise BadSetting(f"the content of a message is {_shown(content)}.", "Expected: a text.", "correct it.")
-    return "\n".join(part["text"] for part in parts)
+def _call(call: Any) -> Any:
+    """A tool call as templates read it: OpenAI's interface writes the arguments as a text of JSON."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadSetting(f"a tool call is {_shown(call)}.", 'Expected: {"function": {"name": ...}}.', "correct it.")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(arguments or "{}")}}
+    except ValueError as error:
+        raise BadSetting(
+            f"the arguments of a tool call are no JSON: {_shown(arguments)}.", fix="correct it."
+        ) from error

@@ -19,6 +19,7 @@ from trimtab.batch.responses import TokenScore, Written
 from trimtab.batch.stop_strings import StopTexts, first_stop
 from trimtab.batch.worker import Job
 from trimtab.core.errors import BadSetting, InputError
+from trimtab.logits import generation_settings
 from trimtab.logits.model import FusedCausalLM
 from trimtab.models.prompts import left_padded
 
@@ -46,6 +47,7 @@ class TransformersEngine:
         self.tokenizer = self._fused.tokenizer
         self.context: int | None = self._fused.config.max_position_embeddings
         self.vocab_size: int = self._fused.config.vocab_size
+        self.defaults: Mapping[str, Any] = generation_settings.sampling_defaults(self._fused.generation_config)
         # A fresh process starts with torch's one default seed: all workers would draw alike.
         torch.seed()
 
@@ -117,8 +119,8 @@ class TransformersEngine:
                     "They need the text.",
                     "send the text, or messages.",
                 )
-            encoded: dict[str, Any] = self._fused.encode([_plain(job.prompt) for job in jobs])
-            return encoded
+            encoded = self._fused.encoder.encode([_plain(job.prompt) for job in jobs], [job.chat for job in jobs])
+            return {k: v.to(self._fused.device) if isinstance(v, Tensor) else v for k, v in encoded.items()}
         ids, mask = left_padded([job.token_ids for job in jobs], self._fused.config.pad_token_id or 0)
         return {"input_ids": ids.to(self._fused.device), "attention_mask": mask.to(self._fused.device)}
 
@@ -136,7 +138,8 @@ class TransformersEngine:
         }
         if not sampling.is_greedy:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-            options |= {"min_p": sampling.min_p or None}
+            # 0 is said only where the directory's settings would take its place.
+            options |= {"min_p": sampling.min_p if sampling.min_p or self.defaults.get("min_p") else None}
             # Else measured times choose the lengths of drafts, and with them what is drawn.
             options["repeatable"] = sampling.seed is not None
         return {name: value for name, value in options.items() if value is not None}

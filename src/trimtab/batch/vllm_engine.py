@@ -56,6 +56,7 @@ class VllmEngine:
         config = self._llm.llm_engine.model_config
         self.context: int | None = config.max_model_len
         self.vocab_size: int = config.hf_config.vocab_size
+        self.defaults: Mapping[str, Any] = config.get_diff_sampling_param()
 
     def longest_prompt(self, job: Job) -> int:
         """Tokens of the prompt: all members read the same."""

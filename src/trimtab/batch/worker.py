@@ -7,7 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 from trimtab.batch.requests import Prompt, Request, Sampling, read_request
 from trimtab.batch.responses import Written, body_of
 from trimtab.core.errors import BadSetting, ContextTooLong, UnknownName
-from trimtab.models.prompts import PromptForm, empty_prompt
+from trimtab.models.conversations import ChatArguments, warn_of_unread
+from trimtab.models.prompts import NOTHING_ASKED, PromptForm, empty_prompt
 from trimtab.serving.http.defaults import PLAIN_TEMPLATE
 
 
@@ -17,11 +18,13 @@ class Job:
 
     prompt     as the request gives it; token_ids: what members without a prompt of their own read
     sampling   with max_tokens made definite
+    chat       how a conversation is rendered
     """
 
     prompt: Prompt
     token_ids: tuple[int, ...]
     sampling: Sampling
+    chat: ChatArguments = NOTHING_ASKED
 
 
 @runtime_checkable
@@ -33,6 +36,7 @@ class Engine(Protocol):
     tokenizer    the fused model's
     context      tokens that all members can read; None: no limit is known
     vocab_size   tokens that are fused
+    defaults     what requests get where they say nothing, from the directory's generation_config.json
     """
 
     name: str
@@ -40,6 +44,7 @@ class Engine(Protocol):
     tokenizer: Any
     context: int | None
     vocab_size: int
+    defaults: Mapping[str, Any]
 
     def longest_prompt(self, job: Job) -> int:
         """Tokens of the longest rendering that any member reads."""
@@ -69,7 +74,7 @@ class Answering:
         prepared: list[tuple[Request, list[Job]] | Exception] = []
         for content in contents:
             try:
-                request = read_request(content, self._engine.without, self._engine.name)
+                request = read_request(content, self._engine.without, self._engine.name, self._engine.defaults)
                 prepared.append((request, self._jobs(request)))
             except Exception as error:  # the row's own, whatever it is: the others are still written together
                 prepared.append(error)
@@ -96,20 +101,21 @@ class Answering:
                 f"Here the model is called {', '.join(self._names)}.",
                 f"leave model out, or run the batch with --model-name {request.model}.",
             )
-        return [self._job(prompt, request.sampling) for prompt in request.prompts]
+        return [self._job(prompt, request) for prompt in request.prompts]
 
-    def _job(self, prompt: Prompt, sampling: Sampling) -> Job:
-        ids = self._token_ids(prompt)
+    def _job(self, prompt: Prompt, request: Request) -> Job:
+        sampling, usual = request.sampling, self._engine.defaults.get("max_tokens")
+        ids = self._token_ids(prompt, request.chat)
         self._check_known("stop_token_ids", sampling.stop_token_ids)
-        job = Job(prompt, ids, sampling)
+        job = Job(prompt, ids, sampling, request.chat)
         used, context = self._engine.longest_prompt(job), self._engine.context
-        if context is None and sampling.max_tokens is None:
+        if context is None and sampling.max_tokens is None and usual is None:
             raise BadSetting(
                 "max_tokens is missing.",
                 "The members state no longest text, so there is no default.",
                 "set max_tokens.",
             )
-        most = sampling.max_tokens if context is None else context - used
+        most = sampling.max_tokens or usual if context is None else context - used
         if most is None or most < max(1, sampling.max_tokens or 1):
             wanted = "" if sampling.max_tokens is None else f", and {sampling.max_tokens} new tokens are asked for"
             raise ContextTooLong(
@@ -117,20 +123,23 @@ class Answering:
                 f"The members can read {context} tokens in all.",
                 "shorten the prompt, or ask for fewer tokens.",
             )
-        length = sampling.max_tokens or most
+        length = sampling.max_tokens or min(most, usual or most)
         if sampling.min_tokens > length:
             raise BadSetting(
                 f"min_tokens is {sampling.min_tokens}, but there can be {length} tokens at most.", fix="lower it."
             )
         return replace(job, sampling=replace(sampling, max_tokens=length))
 
-    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def _token_ids(self, prompt: Prompt, chat: ChatArguments) -> tuple[int, ...]:
         """The tokens of a prompt: those given, a text's, or a conversation's in the chat template."""
         if isinstance(prompt, tuple) and isinstance(prompt[0], int):
             self._check_known("prompt", prompt)
             return prompt
         rendered = prompt if isinstance(prompt, str) else list(prompt)
-        ids = tuple(PromptForm().render(self._engine.tokenizer, rendered))
+        form = PromptForm()
+        if not isinstance(prompt, str):
+            warn_of_unread(chat, [form.template_for(self._engine.tokenizer, chat) or ""])
+        ids = tuple(form.render(self._engine.tokenizer, rendered, chat))
         if not ids:
             raise empty_prompt("the prompt has no tokens.")
         return ids

@@ -21,6 +21,7 @@ from trimtab.logits.config import FusedConfig
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # About one model's own memory and outputs. The caches that a fused model has are in `_prepare_cache_for_generation`.
 NOT_TAKEN_OVER = ("cache_implementation", "cache_config", "compile_config", "prefill_chunk_size")
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 NEVER_OUTPUT = ("output_attentions", "output_hidden_states")
 
 
@@ -66,6 +67,17 @@ def read(directory: Path, config: FusedConfig) -> GenerationConfig | None:
             "correct it, or delete it for the strong model's settings.",
         ) from error
     return completed(found, config)
+
+
+def sampling_defaults(settings: GenerationConfig | None) -> dict[str, Any]:
+    """What requests of OpenAI's interface get where they say nothing, as vLLM reads it from the file.
+
+    settings    None: nothing is set
+    returns     {temperature, top_p, top_k, min_p, repetition_penalty, max_tokens}, those that are set
+    """
+    found = {name: getattr(settings, name, None) for name in SAMPLED}
+    found["max_tokens"] = getattr(settings, "max_new_tokens", None)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def write(settings: GenerationConfig, directory: Path) -> None:

@@ -75,7 +75,7 @@ def text_of_message(message: Message) -> str:
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content or ())
 
 
-def checked_messages(conversation: Conversation) -> list[dict[str, Any]]:
+def checked_messages(conversation: Sequence[Any]) -> list[dict[str, Any]]:
     """The messages, with text parts in one form; whatever else they hold (tool calls, names) is the template's.
 
     raises    BadSetting for a message without a role, and for content that is no text
