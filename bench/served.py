@@ -1,7 +1,7 @@
-"""A server in a process of its own: started, awaited, looked at, stopped. What it logs is shown when it fails."""
+"""Servers and other commands in sessions of their own, for benches and tests: started, awaited, asked, ended."""
 
 import contextlib
-import http.client
+import json
 import os
 import signal
 import socket
@@ -9,18 +9,20 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from trimtab.core.errors import InputError, TrimtabError
 
 HOST = "127.0.0.1"
 STARTED_WITHIN, STOPPED_WITHIN = 300.0, 60.0  # seconds
+TIME_LIMIT = 120.0  # seconds, of one request
 SHOWN_LINES = 40  # of the log, when something fails
 MODEL = "model"  # what every server calls what it serves
 RUNNING, WAITING, CACHE = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
@@ -65,31 +67,65 @@ def on(cores: Sequence[int]) -> Iterator[None]:
 class Server:
     """A running server that speaks OpenAI's API and vLLM's metrics."""
 
-    def __init__(self, port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(self, port: int, process: "subprocess.Popen[bytes]", log: Path, key: str | None = None) -> None:
+        """
+        key   sent with requests; None: none is
+        """
         self.root = f"http://{HOST}:{port}"
         self.url = f"{self.root}/v1"
         self.port = port
         self.process = process
         self.log = log
+        self.key = key
+        self._client = httpx.Client(base_url=self.root, timeout=TIME_LIMIT, trust_env=False)
+
+    def close(self) -> None:
+        """Closes connections; the process goes on."""
+        self._client.close()
+
+    def call(self, path: str, body: Any = None, has_key: bool = True, **headers: str) -> tuple[int, str]:
+        """(status, text) of one request: GET, or POST of a body, as JSON or as the bytes that it is.
+
+        raises    httpx.HTTPError where no answer comes
+        """
+        sent = {"Content-Type": "application/json"} | headers
+        if has_key and self.key is not None:
+            sent["Authorization"] = f"Bearer {self.key}"
+        content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        method, target = "GET" if body is None else "POST", {"target": path.encode()}  # as it is, "/../" too
+        answer = self._client.request(method, "/", content=content, headers=sent, extensions=target)
+        return answer.status_code, answer.text
+
+    def ask(self, path: str, body: Any = None, **headers: str) -> Any:
+        """The JSON of an answer with status 200; raises TrimtabError for any other."""
+        status, text = self.call(path, body, True, **headers)
+        if status != 200:
+            raise TrimtabError(f"{path} was answered with {status}: {text[:2000]}", fix="look into the server's log.")
+        return json.loads(text)
 
     def is_healthy(self) -> bool:
-        """Whether /health answers 200 within a few seconds."""
+        """Whether /health answers 200."""
         try:
-            with urllib.request.urlopen(f"{self.root}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+            return self.call("/health", has_key=False)[0] == 200
+        except httpx.HTTPError:
             return False
 
-    def metrics(self) -> dict[str, float]:
-        """Sums over labels of all that /metrics counts: {"vllm:num_requests_running": 0.0, ...}.
-
-        raises    TrimtabError where it does not answer
-        """
+    def samples(self) -> list[Any]:
+        """All samples of /metrics, each with `name`, `labels` and `value`; raises TrimtabError without an answer."""
         try:
-            with urllib.request.urlopen(f"{self.root}/metrics", timeout=60) as answer:
-                return read_metrics(answer.read().decode())
-        except (OSError, http.client.HTTPException) as error:
+            status, text = self.call("/metrics")
+        except httpx.HTTPError as error:
             raise TrimtabError(f"a server does not answer at /metrics: {error}.", fix="look into its log.") from error
+        if status != 200:
+            raise TrimtabError(f"/metrics was answered with {status}: {text[:200]}", fix="look into its log.")
+        return samples_of(text)
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over labels of all that /metrics counts: {"vllm:num_requests_running": 0.0, ...}."""
+        sums: dict[str, float] = {}
+        for sample in self.samples():
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        return sums
 
     def memory_bytes(self) -> int:
         """Memory of the process and its children; what they share counts once (PSS)."""
@@ -100,15 +136,9 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
 
 
-def read_metrics(text: str) -> dict[str, float]:
-    """Prometheus' text format; samples of one name are added up."""
-    sums: dict[str, float] = {}
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            sample, _, value = line.rpartition(" ")
-            name = sample.partition("{")[0]
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return sums
+def samples_of(text: str) -> list[Any]:
+    """The samples of Prometheus' text format."""
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 def tree_memory_bytes(pid: int) -> int:
@@ -141,43 +171,54 @@ def tool(name: str) -> str:
 
 
 @contextlib.contextmanager
+def session(words: Sequence[Any], log: Path, **options: Any) -> Iterator["subprocess.Popen[bytes]"]:
+    """A command in a session of its own, asked to end with the context and then ended with all that it started.
+
+    words     the command
+    log       file of what it says
+    options   of subprocess.Popen
+    """
+    with _ended_by_sigterm(), log.open("wb") as stream:
+        process = subprocess.Popen(words, stdout=stream, stderr=stream, start_new_session=True, **options)
+        try:
+            yield process
+        finally:
+            stop(process)
+
+
+@contextlib.contextmanager
 def running(
     words: Sequence[str],
     folder: Path,
     cores: Cores | None = None,
     more: Mapping[str, str] | None = None,
     patience: float = STARTED_WITHIN,
+    key: str | None = None,
 ) -> Iterator[Server]:
     """A server, from its first answer at /health until the context ends.
 
     words      the command, without host and port
     folder     where it runs and logs
     cores      None: wherever the kernel likes
-    more       environment variables, beside those that this bench always sets
+    more       environment variables, beside those of `environment`
     patience   seconds until it must answer
+    key        sent with requests
     raises     TrimtabError with the end of its log where it dies or does not answer in time; where something fails
                later, the end of its log is shown on stderr
     """
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "server.log"
     command = [*words, "--host", HOST, "--port", str(port)]
-    environ = environment(cores) | dict(more or {})
-    with _ended_by_sigterm(), log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=environ, cwd=folder, start_new_session=True
-        )
-        try:
-            if cores is not None:
-                os.sched_setaffinity(process.pid, cores.others)  # inherited; the engine binds its threads itself
-            server = Server(port, process, log)
+    with session(command, log, env=environment(cores) | dict(more or {}), cwd=folder) as process:
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores.others)  # inherited; the engine binds its threads itself
+        with contextlib.closing(Server(port, process, log, key)) as server:
             _await(server, command, patience)
             try:
                 yield server
             except Exception:
                 print(f"The end of the server's log:\n{server.last_lines()}", file=sys.stderr)
                 raise
-        finally:
-            stop(process)
 
 
 def environment(cores: Cores | None) -> dict[str, str]:

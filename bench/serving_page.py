@@ -25,12 +25,11 @@ def markdown(folder: Path, page: Path) -> str:
 
 def _lines(folder: Path, page: Path) -> Iterator[str]:
     file, drafts = (_latest(folder, bench) for bench in ("serving", "served_drafts"))
-    soak = folder / "soak.json"
-    if file is None and drafts is None and not soak.exists():
-        raise InputError(f"there are no results of a server in {folder}.", fix="run `make bench-serving`, `make soak`.")
+    if file is None and drafts is None:
+        raise InputError(f"there are no results of a server in {folder}.", fix="run `make bench-serving`.")
     yield "# Served under load"
     yield ""
-    yield "Written by `python -m bench.serving_page`; do not edit. `make bench-serving` and `make soak` measure again."
+    yield "Written by `python -m bench.serving_page`; do not edit. `make bench-serving` measures again."
     yield ""
     if file is not None:
         document = harness.read_json(file)
@@ -40,8 +39,12 @@ def _lines(folder: Path, page: Path) -> Iterator[str]:
         yield from _measured(file, document, page)
     if drafts is not None:
         yield from _measured(drafts, harness.read_json(drafts), page)
-    if soak.exists():
-        yield from _soak(harness.read_json(soak))
+    yield "### Soak"
+    yield ""
+    yield "`make soak` is a test: random clients for ten minutes, some of which leave, hang up or send nonsense."
+    yield ""
+    yield "It fails if an answer is 500 or above or missing, if a request or a cache block stays behind, if memory"
+    yield "grows by more than 5%, or if a full server does not refuse at once (503 with `Retry-After`)."
 
 
 def _measured(file: Path, document: Mapping[str, Any], page: Path) -> Iterator[str]:
@@ -64,46 +67,6 @@ def _machine(document: Mapping[str, Any]) -> str:
         f"Measured on {about['name']}: {about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB. {engine} of "
         f"them for the model's threads, {others} for vLLM's scheduler, HTTP and clients. {versions}."
     )
-
-
-def _soak(found: Mapping[str, Any]) -> Iterator[str]:
-    told = found["settings"]
-    yield "### Soak"
-    yield ""
-    yield f"`python -m bench.soak --seconds {told['seconds']:g}`, {found['date']} UTC, commit {found['commit']}."
-    yield ""
-    yield (
-        f"{told['visitors']} clients at a time made {found['requests']:,} visits to `{found['server']}` on the zoo, "
-        f"after {told['warm_up']:g} s of warming up."
-    )
-    yield ""
-    yield (
-        "They asked for whole and streamed answers of any length, with several choices, stop strings and settings of "
-        "their own. Others disconnected while an answer streamed or before a request was complete, or sent nonsense."
-    )
-    yield ""
-    yield "| afterwards | found | expected | |"
-    yield "|---|---|---|---|"
-    for check in found["checks"]:
-        verdict = "held" if check["is_met"] else "**failed**"
-        yield f"| {check['name']} | {check['found']} | {check['expected']} | {verdict} |"
-    yield ""
-    yield "Memory of the idle server after so many seconds of visits:"
-    yield ""
-    yield from _row("seconds", [f"{seconds:g}" for seconds, _ in found["memory_mib"]])
-    yield "|---|" + "--:|" * len(found["memory_mib"])
-    yield from _row("MiB", [f"{mib:,.0f}" for _, mib in found["memory_mib"]])
-    yield ""
-    yield "Kind of visit and status of the answer; 0 if the client had left:"
-    yield ""
-    yield "| visit: status | visits |"
-    yield "|---|--:|"
-    for visit, count in found["statuses"].items():
-        yield from _row(visit, [f"{count:,}"])
-
-
-def _row(name: str, cells: Sequence[str]) -> Iterator[str]:
-    yield f"| {' | '.join([name, *cells])} |"
 
 
 def main(words: Sequence[str] | None = None) -> int:

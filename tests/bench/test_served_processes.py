@@ -6,7 +6,7 @@ import time
 
 import psutil
 import pytest
-from bench.served import Cores, on, read_metrics, running, share_cores, tree_memory_bytes
+from bench.served import Cores, on, running, samples_of, share_cores, tree_memory_bytes
 
 from trimtab.core.errors import InputError, TrimtabError
 
@@ -16,7 +16,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; x = bytearray(50_0
 print("child", child.pid, flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        text = b'a:b_total{x="1"} 2.0\\n# HELP\\na:b_total{x="2"} 3\\n' if self.path == "/metrics" else b""
+        text = b'a:b_total{x="1"} 2.0\\na:b_total{x="2"} 3\\n' if self.path == "/metrics" else b""
         self.send_response(200); self.end_headers(); self.wfile.write(text)
 http.server.HTTPServer((sys.argv[2], int(sys.argv[4])), Handler).serve_forever()
 """
@@ -95,5 +95,7 @@ def test_cores_are_shared_between_engine_and_clients():
     assert os.sched_getaffinity(0) == set(cores)
 
 
-def test_samples_of_one_name_are_added_up():
-    assert read_metrics('# TYPE\nx{a="1 2"} 1.5\nx{a="2"} 2\n\ny 3e2\n') == {"x": 3.5, "y": 300.0}
+def test_samples_keep_their_names_and_labels():
+    (one, other) = samples_of('# TYPE x counter\nx_total{a="1 2"} 1.5\n\ny 3e2\n')
+    assert (one.name, one.labels, one.value) == ("x_total", {"a": "1 2"}, 1.5)
+    assert (other.name, other.labels, other.value) == ("y", {}, 300.0)

@@ -1,10 +1,11 @@
-"""An engine as it is started on its own: `python separately.py`, a job as JSON on stdin, token ids as JSON at the end.
+"""An engine as it is started on its own: `python separately.py JOB`, a file of JSON; token ids as JSON at the end.
 
 {"directory": ..., "options": {...}, "prompts": [[1, 2], ...], "max_tokens": 24}
 """
 
 import json
 import sys
+from pathlib import Path
 
 MARK = "TOKENS "
 
@@ -13,7 +14,7 @@ def main():
     from gathering import without_gather
     from vllm import LLM, SamplingParams
 
-    job = json.load(sys.stdin)
+    job = json.loads(Path(sys.argv[1]).read_text())
     llm = LLM(job["directory"], dtype="float32", max_model_len=128, max_num_seqs=16, **job["options"])
     params = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)

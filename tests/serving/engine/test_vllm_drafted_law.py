@@ -86,7 +86,9 @@ def together(fused):
     """Log-probabilities of the fused model."""
 
     def read(texts):
-        pieces = [fused(piece, use_cache=False, logits_to_keep=1).logits[:, -1] for piece in texts.split(512)]
+        pieces = [
+            fused(piece, use_cache=False, logits_to_keep=1).logits[:, -1].log_softmax(-1) for piece in texts.split(512)
+        ]
         return torch.cat(pieces)
 
     return read
@@ -177,7 +179,7 @@ def test_log_probabilities_with_drafts_are_the_fused_ones(llm, tiny_fused, laws)
     prompt, fused = laws[0], tiny_fused[1]
     output = served(llm, [prompt], max_tokens=9, logprobs=3, ignore_eos=True)[0].outputs[0]
     new = list(output.token_ids)
-    wanted = fused(torch.tensor([prompt + new]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    wanted = fused(torch.tensor([prompt + new]), use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     assert len(output.logprobs) == len(new) == 9
     for entries, law in zip(output.logprobs, wanted, strict=True):
         for token, entry in entries.items():

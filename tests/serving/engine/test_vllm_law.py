@@ -61,7 +61,7 @@ def test_log_probabilities_are_the_fused_ones_with_the_strategy_asked_for(fused,
     new = list(output.outputs[0].token_ids)
     read = torch.tensor([ids + new])
     fused.strategy = STATIC
-    laws = fused(read, use_cache=False).logits[0]
+    laws = fused(read, use_cache=False).logits[0].log_softmax(-1)
     strong = fused.members.strong.model(read).logits[0].detach().log_softmax(-1)
     for place, entries in enumerate(output.outputs[0].logprobs):
         check_law(entries, laws[len(ids) + place - 1])
@@ -100,7 +100,9 @@ def test_every_strategy_is_the_transformers_engines(fused, llm, ids, change, amo
     settings = {"expert": "facts"} if chooser == "only" else {}
     change(make_strategy(amount, chooser, ("math", "facts"), **settings))
     output = served(llm, [ids], logprobs=5, max_tokens=6)[0].outputs[0]
-    laws = fused(torch.tensor([ids + list(output.token_ids)]), use_cache=False).logits[0, len(ids) - 1 :]
+    laws = (
+        fused(torch.tensor([ids + list(output.token_ids)]), use_cache=False).logits[0, len(ids) - 1 :].log_softmax(-1)
+    )
     for place, entries in enumerate(output.logprobs):
         check_law(entries, laws[place])
 

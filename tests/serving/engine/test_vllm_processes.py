@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from engines import expected, until_end
 from separately import MARK
 
 import tiny
+from bench import served
 from on_disk import save_adapter, save_models
 from trimtab import FusedCausalLM
 from trimtab.serving.vllm.speculative_config import speculative_config
@@ -53,22 +53,15 @@ def started(folder, prompts, timeout=500, **options):
         "VLLM_LOGGING_LEVEL": "INFO",
     }
     log = folder / f"{len(list(folder.glob('*.log')))}.log"  # a file, so that an engine that hangs is heard as well
-    with log.open("w") as writing:
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "separately.py")],
-            stdin=subprocess.PIPE, stdout=writing, stderr=writing, text=True, env=environment, start_new_session=True,
-        )  # fmt: skip
-        try:
-            process.communicate(json.dumps(job), timeout=timeout)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"no end after {timeout} s:\n{log.read_text()[-3000:]}")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started, which spin on
-            process.wait()
-    written = log.read_text()
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(job))
+    words = [sys.executable, str(HERE / "separately.py"), str(job_file)]
+    with served.session(words, log, env=environment) as process:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout)
+        written, code = log.read_text(), process.poll()
+    assert code == 0, f"{'no end' if code is None else 'ended'} after {timeout} s or less:\n{written[-3000:]}"
     said = [line for line in written.splitlines() if line.startswith(MARK)]
-    assert process.returncode == 0, written[-3000:]
     assert said, written[-3000:]
     return json.loads(said[0].removeprefix(MARK)), written
 

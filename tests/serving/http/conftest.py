@@ -36,4 +36,4 @@ def directory(fused, tmp_path_factory) -> Path:
 def server(directory, tmp_path_factory):
     with serving(directory, tmp_path_factory.mktemp("server"), *OPTIONS) as served:
         yield served
-        assert served.process.poll() is None, f"the server died:\n{served.log.read_text()[-4000:]}"
+        assert served.process.poll() is None, f"the server died:\n{served.last_lines()}"

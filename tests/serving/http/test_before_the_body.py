@@ -32,10 +32,6 @@ def status_of(client: socket.socket) -> int:
     return int(client.recv(1000).split()[1])
 
 
-def port_of(server) -> int:
-    return int(server.root.rpartition(":")[2])
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -49,21 +45,21 @@ def port_of(server) -> int:
     ],
 )
 def test_without_a_key_no_body_is_awaited(server, method: str, path: str, status: int) -> None:
-    with stalled(port_of(server), path, method=method) as client:
+    with stalled(server.port, path, method=method) as client:
         assert status_of(client) == status
 
 
 def test_bodies_that_are_still_coming_are_requests_under_way(server) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(MOST_REQUESTS):
-            stack.enter_context(stalled(port_of(server), "/v1/completions", key=KEY))
+            stack.enter_context(stalled(server.port, "/v1/completions", key=KEY))
         for _ in range(100):  # the server may take a while to hear of them all
             status, text = server.call("/v1/completions", COMPLETION)
             if status == 503:
                 break
             time.sleep(0.1)
         assert (status, "--max-requests" in text) == (503, True)
-        assert server.call("/ping", key=None)[0] == 200
+        assert server.call("/ping", has_key=False)[0] == 200
     for _ in range(50):  # the server hears a little later that they have gone
         if (status := server.call("/v1/completions", COMPLETION)[0]) == 200:
             break

@@ -1,26 +1,30 @@
-"""vLLM's own command on a fused directory, as the documentation prints it."""
+"""vLLM's own command on a fused directory, as the documentation prints it, with the plug-in of `tools/vllm_cpu`."""
 
 import subprocess
 import sys
 
-from servers import script, serving
+import vllm
+
+from bench import served
 
 PROMPT = "Q: Which pet does Jakob Brulman keep?\nA:"
 
 
 def test_vllm_serves_a_fused_directory(directory, fused, tmp_path) -> None:
     words = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]
-    with serving(directory, tmp_path, *words, tool="vllm") as served:
+    with served.running([served.tool("vllm"), "serve", str(directory), *words], tmp_path) as server:
         asked = {"model": str(directory), "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-        choice = served.ask("/v1/completions", asked)["choices"][0]
+        choice = server.ask("/v1/completions", asked)["choices"][0]
     inputs = fused.tokenizer(PROMPT, return_tensors="pt")
     ids = fused.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert choice["text"] == fused.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_the_command_knows_its_version() -> None:
-    ran = subprocess.run([script("vllm"), "--version"], capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout.strip().partition("+")[0]) == (0, "0.32.0"), ran.stderr[-2000:]
+    ran = subprocess.run([served.tool("vllm"), "--version"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip().partition("+")[0]) == (0, vllm.__version__.partition("+")[0]), (
+        ran.stderr[-2000:]
+    )
 
 
 FOUND = """

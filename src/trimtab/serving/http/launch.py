@@ -341,7 +341,7 @@ def _entrypoints() -> tuple[Any, Any]:
     """vLLM's modules of the server's arguments and of the start of its commands."""
     try:
         from vllm.entrypoints.common import cli_args, startup
-    except ModuleNotFoundError:  # before 0.33
+    except ImportError:  # before 0.33
         from vllm.entrypoints.launchers import cli_args
         from vllm.entrypoints.serve.utils import api_utils as startup
     return cli_args, startup

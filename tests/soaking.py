@@ -1,27 +1,20 @@
-"""The server under what clients do in life, for minutes: does it leak, keep slots, or break?
-
-    python -m bench.soak --seconds 600            starts `trimtab serve` on the zoo by itself
+"""The server among random clients for a while: does it leak, keep slots, or break? `serving/http/test_soak.py` asks.
 
 Visitors ask at once, each for something else every time: answers whole and streamed, of any length, with several
 choices, stop strings, settings of their own; some leave in the middle, some hang up before their request is complete,
 some send what is no request. Afterwards:
 
-    no answer was 500 or above, and none that should have come did not
+    no answer was 500 or above, and none is missing
     the engine runs and keeps nothing: requests running and waiting 0, key-value cache empty
-    memory of all its processes is at most 5% above what it was after a warm-up of the same traffic; it is looked at
-    ten times on the way, so that a leak (a line) and caches that fill (a curve that bends) can be told apart
-    it tells one too many so (503, Retry-After) and at once, and all the others get their answer: no slot was lost
-
-Exit code 1 where one of these does not hold.
+    memory of all its processes is at most 5% above what it was after a warm-up of the same traffic; it is read ten
+    times on the way, so that a leak (a line) and caches that fill (a curve that bends) can be told apart
+    of too many requests some are refused at once (503, Retry-After), and all others get their answer
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
 import random
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -29,9 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import harness, machine, served
+import httpx
 from bench.served import CACHE, HOST, MODEL, RUNNING, WAITING, Server
-from trimtab.core.errors import TrimtabError
+
+from bench import served
 
 GROWTH = 1.05  # memory after, over memory before
 QUIET_WITHIN = 60.0  # seconds until a server without visitors must have nothing under way
@@ -71,7 +65,7 @@ class Settings:
 
 
 @dataclass
-class Tally:
+class Outcomes:
     """What visitors did and were told.
 
     statuses   "kind of visit: status" -> how often; 0 for visits that leave on purpose
@@ -168,8 +162,10 @@ def error_of(lines: Sequence[str]) -> str:
 class Visitor:
     """Somebody who asks one thing after the other until the time is over."""
 
-    def __init__(self, server: Server, client: Any, prompts: Sequence[str], tally: Tally, draw: random.Random) -> None:
-        self.server, self.client, self.prompts, self.tally, self.draw = server, client, prompts, tally, draw
+    def __init__(
+        self, server: Server, client: Any, prompts: Sequence[str], outcomes: Outcomes, draw: random.Random
+    ) -> None:
+        self.server, self.client, self.prompts, self.outcomes, self.draw = server, client, prompts, outcomes, draw
         self.visits: list[Callable[[], Awaitable[int]]] = [
             *[self.whole] * 4,
             *[self.streamed] * 4,
@@ -181,24 +177,16 @@ class Visitor:
         ]
 
     async def stay(self, until: float) -> None:
-        """Visits until this moment of the monotonic clock."""
+        """Outcomes until this moment of the monotonic clock."""
         while time.monotonic() < until:
             visit = self.draw.choice(self.visits)
             name = visit.__name__
             try:
                 status = await visit()
-            except (OSError, self.client_errors) as error:
-                self.tally.blame(f"{name}: {type(error).__name__}: {error}")
+            except (OSError, httpx.HTTPError) as error:
+                self.outcomes.blame(f"{name}: {type(error).__name__}: {error}")
                 continue
-            self.tally.statuses[f"{name}: {status}"] += 1
-
-    @property
-    def client_errors(self) -> type[Exception]:
-        """What the client raises when a connection fails or an answer takes too long."""
-        from httpx import HTTPError
-
-        kind: type[Exception] = HTTPError
-        return kind
+            self.outcomes.statuses[f"{name}: {status}"] += 1
 
     async def whole(self) -> int:
         """One answer in one piece."""
@@ -215,7 +203,7 @@ class Visitor:
     async def _answered(self, path: str, body: Mapping[str, Any]) -> int:
         answer = await self.client.post(path, json=body)
         if answer.status_code != 200:
-            self.tally.blame(f"{path} {body}: {answer.status_code} {answer.text}")
+            self.outcomes.blame(f"{path} {body}: {answer.status_code} {answer.text}")
         return int(answer.status_code)
 
     async def streamed(self) -> int:
@@ -225,7 +213,7 @@ class Visitor:
             lines = [line async for line in answer.aiter_lines() if line]
         wrong = error_of(lines)
         if answer.status_code != 200 or wrong or lines[-1:] != ["data: [DONE]"]:
-            self.tally.blame(f"streamed {body}: {answer.status_code} {wrong or lines[-1:]}")
+            self.outcomes.blame(f"streamed {body}: {answer.status_code} {wrong or lines[-1:]}")
         return int(answer.status_code)
 
     async def cancelled(self) -> int:
@@ -242,11 +230,11 @@ class Visitor:
         pieces = self.draw.randint(1, 20)
         async with self.client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
-                self.tally.blame(f"left {body}: {answer.status_code}")
+                self.outcomes.blame(f"left {body}: {answer.status_code}")
             async for line in answer.aiter_lines():
                 wrong = error_of([line])
                 if wrong:
-                    self.tally.blame(f"left {body}: {wrong}")
+                    self.outcomes.blame(f"left {body}: {wrong}")
                 pieces -= 1
                 if pieces <= 0:
                     break
@@ -272,30 +260,28 @@ class Visitor:
         body, what = malformed(self.draw)
         answer = await self.client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
         if not 400 <= answer.status_code < 500:
-            self.tally.blame(f"malformed, {what}: {answer.status_code} {answer.text}")
+            self.outcomes.blame(f"malformed, {what}: {answer.status_code} {answer.text}")
         return int(answer.status_code)
 
 
 # ---- the soak
 
 
-def visit(server: Server, settings: Settings, seconds: float, seed: int, tally: Tally) -> None:
+def visit(server: Server, settings: Settings, seconds: float, seed: int, outcomes: Outcomes) -> None:
     """So many seconds of visits."""
-    asyncio.run(_visit(server, settings, seconds, seed, tally))
+    asyncio.run(_visit(server, settings, seconds, seed, outcomes))
 
 
-async def _visit(server: Server, settings: Settings, seconds: float, seed: int, tally: Tally) -> None:
+async def _visit(server: Server, settings: Settings, seconds: float, seed: int, outcomes: Outcomes) -> None:
     prompts = prompts_of_zoo()
     until = time.monotonic() + seconds
     async with client_of(server) as client:
         draws = [random.Random(f"{seed}/{number}") for number in range(settings.visitors)]
-        await asyncio.gather(*(Visitor(server, client, prompts, tally, draw).stay(until) for draw in draws))
+        await asyncio.gather(*(Visitor(server, client, prompts, outcomes, draw).stay(until) for draw in draws))
 
 
-def client_of(server: Server) -> Any:
+def client_of(server: Server) -> httpx.AsyncClient:
     """An HTTP client without limits of its own."""
-    import httpx
-
     return httpx.AsyncClient(base_url=server.root, timeout=TIME_LIMIT, limits=httpx.Limits(max_connections=None))
 
 
@@ -307,24 +293,24 @@ def prompts_of_zoo() -> list[str]:
     return [item.prompt for item in items] + [f"{item.prompt}{item.target}\n{item.prompt}" for item in items[::5]]
 
 
-def soak(server: Server, settings: Settings, progress: harness.Progress) -> dict[str, Any]:
+def soak(server: Server, settings: Settings, progress: Callable[[str], None]) -> dict[str, Any]:
     """Everything in turn; returns what was found and the checks."""
-    tally, checks = Tally(), list[Check]()
+    outcomes, checks = Outcomes(), list[Check]()
     progress(f"warm-up, {settings.warm_up:g} s")
-    visit(server, settings, settings.warm_up, settings.seed, tally)
+    visit(server, settings, settings.warm_up, settings.seed, outcomes)
     quiet(server)
     before = memory_of(server)
     looks, left = [(0.0, before)], dict[str, float]()
     for number in range(1, LOOKS + 1):
         progress(f"soak, part {number} of {LOOKS}, {settings.seconds / LOOKS:g} s; {looks[-1][1] / 2**20:.0f} MiB")
-        visit(server, settings, settings.seconds / LOOKS, settings.seed + 1 + number, tally)
+        visit(server, settings, settings.seconds / LOOKS, settings.seed + 1 + number, outcomes)
         left = quiet(server)
         looks.append((settings.seconds * number / LOOKS, memory_of(server)))
     after = looks[-1][1]
     for name in (RUNNING, WAITING, CACHE):
         checks.append(Check(f"{name} afterwards", f"{left[name]:g}", "0", left[name] == 0))
     checks.append(memory_check(before, after))
-    checks.append(Check("wrong answers", str(tally.wrong_count), "0", tally.wrong_count == 0))
+    checks.append(Check("wrong answers", str(outcomes.wrong_count), "0", outcomes.wrong_count == 0))
     if settings.most_requests:
         progress("more requests than it takes")
         checks += fill_up(server, settings.most_requests)
@@ -333,9 +319,9 @@ def soak(server: Server, settings: Settings, progress: harness.Progress) -> dict
     checks.append(Check("answers afterwards", "yes" if answered else "no", "yes", answered))
     return {
         "settings": asdict(settings),
-        "requests": sum(tally.statuses.values()) + tally.wrong_count,
-        "statuses": dict(sorted(tally.statuses.items())),
-        "wrong": tally.wrong,
+        "requests": sum(outcomes.statuses.values()) + outcomes.wrong_count,
+        "statuses": dict(sorted(outcomes.statuses.items())),
+        "wrong": outcomes.wrong,
         "memory_mib": [[round(seconds, 1), round(found / 2**20, 1)] for seconds, found in looks],
         "checks": [asdict(check) for check in checks],
     }
@@ -400,9 +386,6 @@ def answers(server: Server) -> bool:
     return [status for status, _, _ in asyncio.run(_crowd(server, 1))] == [200]
 
 
-# ---- command line
-
-
 def command(directory: Path, settings: Settings) -> list[str]:
     """`trimtab serve`, with a key-value cache that the warm-up fills, so that memory shows what is kept for ever.
 
@@ -423,65 +406,3 @@ def write_fused(directory: Path) -> None:
     with quiet_bars():
         fused = FusedCausalLM.from_members("zoo:strong", "zoo:small", {task: f"zoo:small/{task}" for task in EXPERTS})
     fused.save_pretrained(directory)
-
-
-def run(settings: Settings, name: str, progress: harness.Progress) -> dict[str, Any]:
-    """A server of its own, and the soak; returns the document.
-
-    name   what to call the machine
-    """
-    with tempfile.TemporaryDirectory(prefix="trimtab-soak-") as folder:
-        directory = Path(folder) / "zoo"
-        write_fused(directory)
-        progress("starting the server")
-        with served.running(command(directory, settings), Path(folder)) as server:
-            found = soak(server, settings, progress)
-            if not all(check["is_met"] for check in found["checks"]):
-                print(f"The end of the server's log:\n{server.last_lines()}", file=sys.stderr)
-    server_command = " ".join(["trimtab", *command(Path("DIR"), settings)[1:]])
-    about = {"bench": "soak", "title": "Soak", "only": "", "date": machine.now(), "server": server_command}
-    return about | {"commit": machine.commit(), "machine": machine.describe(name)} | found
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Exit code: 0 all held, 1 something did not, 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m bench.soak", description="The server under random clients.")
-    parser.add_argument("--seconds", type=_seconds, default=600.0, help="of traffic between two looks at the memory")
-    parser.add_argument(
-        "--warm-up", type=_seconds, default=WARM_UP, help=f"seconds of the same before (default: {WARM_UP:g})"
-    )
-    parser.add_argument("--drafted", type=int, default=3, help="tokens that an expert drafts (default: 3); 0: none")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/soak.json"), help="file of the result")
-    parser.add_argument("--machine", default="", help="what to call this machine (default: its host name)")
-    parser.add_argument("--seed", type=int, default=0, help="of what visitors do")
-    asked = parser.parse_args(words)
-    settings = Settings(asked.seconds, asked.warm_up, drafted=asked.drafted, seed=asked.seed)
-    try:
-        found = run(settings, asked.machine, lambda text: print(f"soak: {text}", file=sys.stderr, flush=True))
-    except TrimtabError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    harness.write_json(asked.output, found)
-    show(found)
-    print(f"written: {asked.output}", file=sys.stderr)
-    return 0 if all(check["is_met"] for check in found["checks"]) else 1
-
-
-def show(found: Mapping[str, Any]) -> None:
-    """The checks on stdout, one a line."""
-    print(f"{found['requests']} visits in {found['settings']['seconds']:g} s and a warm-up")
-    for check in found["checks"]:
-        print(f"{'held  ' if check['is_met'] else 'FAILED'}  {check['name']}: {check['found']} ({check['expected']})")
-    for what in found["wrong"]:
-        print(f"  wrong: {what}")
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 1 <= seconds <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text} s; expected 1 to 86400")
-    return seconds
-
-
-if __name__ == "__main__":
-    sys.exit(main())
