@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from trimtab.batch.files import encode_line, read_lines, read_records, written_whole
+from trimtab.batch.files import encode_line, read_lines, read_records, result_file
 from trimtab.core.errors import InputError
 
 
@@ -95,7 +95,7 @@ def test_an_output_is_whole_or_not_there(tmp_path, name):
     path, records = tmp_path / name, [{"a": "é\ud800"}, {"a": "é"}]
 
     def write_all(fails):
-        with written_whole(path) as file:
+        with result_file(path) as file:
             for record in records:
                 file.write(encode_line(record))
             if fails:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 from trimtab.batch.requests import URLS, read_request
 from trimtab.batch.rows import Row, RowError
 from trimtab.core.errors import BadSetting, InputError
+from trimtab.core.files import whole_file
 
 GZIP_MAGIC = b"\x1f\x8b"
 OUTER = ("custom_id", "method", "url", "body")
@@ -146,18 +146,11 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into that gets its name when all of it is on the disk; compressed where the name ends in .gz."""
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        with beside.open("wb") as file:
-            if path.suffix == ".gz":
-                with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as zipped:
-                    yield zipped  # type: ignore[misc]
-            else:
-                yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+def result_file(path: Path) -> Iterator[BinaryIO]:
+    """A result file to write into, see `whole_file`; compressed where its name ends in .gz."""
+    with whole_file(path) as file:
+        if path.suffix == ".gz":
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as zipped:
+                yield zipped  # type: ignore[misc]
+        else:
+            yield file

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from trimtab.batch.files import Line, encode_line, read_lines, read_records, written_whole
+from trimtab.batch.files import Line, encode_line, read_lines, read_records, result_file
 from trimtab.batch.journal import Journal, Mode, open_journal
 from trimtab.batch.on_ray import OnRay, check_installed
 from trimtab.batch.requests import TRANSFORMERS_LACKS
@@ -242,7 +242,7 @@ class _Batch:
         """The output, in the order of the input; returns how many rows hold an error."""
         failed = 0
         try:
-            with written_whole(target) as file:
+            with result_file(target) as file:
                 for line, outcome in self._finished(journal):
                     file.write(encode_line(self._record(line, outcome)))
                     failed += outcome.error is not None

@@ -7,23 +7,34 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """A file, texts in UTF-8, written beside and then renamed: no reader sees half of it, and a failure loses nothing.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, beside `path`; it takes that name when the block ends well and the disk has all of it.
 
-    A link stays one: what it points to is written.
+    No reader sees half of it, and a failure loses nothing. A link stays one: what it points to is written.
     """
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
-        beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file whole, texts in UTF-8; directories above it are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
