@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.core.errors import BadSetting, NumericalError
 from trimtab.logits.forward.cache import FusedCache
+from trimtab.logits.forward.devices import devices_of, lanes, run_lanes
 from trimtab.logits.forward.grouping import ForwardGrouping, OnePass
 from trimtab.logits.forward.groups import ForwardGroup, ForwardInputs, OneModel
 from trimtab.logits.forward.streams import Streams
@@ -63,6 +64,7 @@ class Reader:
     run_of    for strong, base and each expert: its place in `runs`
     run_named {member: its place in `runs`}
     groups     the forwards that read the runs, the strong model's first
+    lanes      groups that are read at the same time: a lane per device
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Reader:
         self.run_named = dict(zip((member.name for member in members), self.run_of, strict=True))
         self.groups = ForwardGrouping(self.runs, one_pass).groups()
         self.streams = Streams(self.groups, is_on=False)
+        self.lanes = lanes([devices_of(group) for group in self.groups])
 
     @property
     def chunk_rows(self) -> int:
@@ -136,12 +139,18 @@ class Reader:
         all_inputs = self.all_inputs(input_ids, attention_mask, position_ids, cache, own)
         logits: dict[int, Tensor] = {}
         views = cache.views if cache is not None else [None] * len(self.groups)
+
+        def read(index: int) -> list[Tensor]:
+            group = self.groups[index]
+            with self.streams.of(index):
+                return group.read([all_inputs[run] for run in group.runs], views[index], logits_to_keep)
+
         with self.streams.forked():
-            for place, (group, view) in enumerate(zip(self.groups, views, strict=True)):
-                with self.streams.of(place):
-                    found = group.read([all_inputs[run] for run in group.runs], view, logits_to_keep)
-                self.streams.hand_over(place, found)
-                logits.update(zip(group.runs, found, strict=True))
+            # Streams belong to one thread, which then starts all forwards.
+            parts = run_lanes([range(len(self.groups))] if self.streams.is_on else self.lanes, read)
+            for index, found in sorted(parts.items()):
+                self.streams.hand_over(index, found)
+                logits.update(zip(self.groups[index].runs, found, strict=True))
         return [logits[run] for run in range(len(self.runs))]
 
     def all_inputs(
