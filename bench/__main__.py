@@ -14,7 +14,7 @@ from bench import harness
 from bench.harness import Options
 from trimtab.core.errors import InputError, TrimtabError
 
-BENCHES = ("decode", "solve", "memory", "onepass", "drafters")
+BENCHES = ("decode", "solve", "memory", "onepass", "draft_sources")
 IN_VLLM = ("serving", "served_drafts")  # in the environment of the vLLM plug-in; not part of `all`
 EXAMPLE = "python -m bench decode --quick"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import members, published
 from bench.harness import WARM_UP, Arm, Case, Findings, Options, Progress, Record, interleave
-from bench.members import Meter, Spec, Stepper, Stock, Stopwatch, Trio
+from bench.members import MemberFactory, MemberSet, Meter, Spec, Stepper, Stopwatch
 from trimtab.core.errors import BadSetting
 from trimtab.zoo import TUNED_TASKS, Split
 
@@ -94,7 +94,7 @@ def points(is_quick: bool) -> list[Point]:
 def measure(options: Options, progress: Progress) -> Findings:
     """All points whose name holds `options.only`, and single steps."""
     chosen = [point for point in points(options.is_quick) if options.only in point.name]
-    return run([as_asked(point, options) for point in chosen], Stock(), options, progress)
+    return run([as_asked(point, options) for point in chosen], MemberFactory(), options, progress)
 
 
 def as_asked(point: Point, options: Options) -> Point:
@@ -103,19 +103,19 @@ def as_asked(point: Point, options: Options) -> Point:
     return replace(point, spec=spec, repeats=options.repeats or point.repeats)
 
 
-def run(chosen: list[Point], stock: Stock, options: Options, progress: Progress) -> Findings:
+def run(chosen: list[Point], factory: MemberFactory, options: Options, progress: Progress) -> Findings:
     """Measures these points; after the centre also its single steps. Points that cannot be had here are noted."""
     cases, notes = list[Case](), list(NOTES)
     for point in chosen:
         progress(f"{point.name}: making members")
         try:
-            trio = stock.trio(point.spec)
+            member_set = factory.make(point.spec)
         except BadSetting as error:
             notes.append(f"Left out, {point.name}: {error.found} {error.expected}")
             continue
-        cases.append(generation_case(point, trio, progress))
+        cases.append(generation_case(point, member_set, progress))
         if point.name == CENTRE:
-            cases += step_cases(point, stock, trio, options, progress)
+            cases += step_cases(point, factory, member_set, options, progress)
     settings = {"points": [repr(point) for point in chosen]}
     return Findings("Fused decoding beside its alternatives", settings, cases, notes)
 
@@ -131,12 +131,12 @@ NOTES = [
 # ---- whole answers
 
 
-def generation_case(point: Point, trio: Trio, progress: Progress) -> Case:
+def generation_case(point: Point, member_set: MemberSet, progress: Progress) -> Case:
     """All arms of one point."""
-    work = Work(point, trio)
-    arms, left_out = arms_of(point, trio, work)
+    work = Work(point, member_set)
+    arms, left_out = arms_of(point, member_set, work)
     runs = interleave(arms, point.repeats, lambda text: progress(f"{point.name}: {text}"))
-    about = (point.settings, trio.facts, runs, left_out)
+    about = (point.settings, member_set.facts, runs, left_out)
     return Case(point.name, "tokens_per_second", "tokens/s", True, STRONG, BESIDE, *about)
 
 
@@ -146,8 +146,8 @@ BESIDE = ("tokens", "tokens_per_strong_call", "acceptance", "strong_seconds", "s
 class Work:
     """What a repeat has to answer: encoded before the clock starts, the same for all arms."""
 
-    def __init__(self, point: Point, trio: Trio) -> None:
-        self._point, self._trio = point, trio
+    def __init__(self, point: Point, member_set: MemberSet) -> None:
+        self._point, self._member_set = point, member_set
         limit = point.output or members.answer_tokens(point.tasks)
         self.limits = {"max_new_tokens": limit, "min_new_tokens": point.output or 0}
         self._encoded: dict[int, list[dict[str, Tensor]]] = {}
@@ -169,65 +169,69 @@ class Work:
         texts_of = members.prompts_of if point.prompt is None else members.long_prompts
         for number in range(repeat * point.batches, (repeat + 1) * point.batches):
             texts = texts_of(point.tasks, point.batch, number * point.batch, split=point.split)
-            yield members.encode(self._trio.tokenizer, texts, point.prompt, device)
+            yield members.encode(self._member_set.tokenizer, texts, point.prompt, device)
 
 
 Write = Callable[[Mapping[str, Tensor], Mapping[str, int]], Tensor]  # inputs, limits -> ids [batch, prompt + new]
 
 
-def arms_of(point: Point, trio: Trio, work: Work) -> tuple[dict[str, Arm], dict[str, str]]:
+def arms_of(point: Point, member_set: MemberSet, work: Work) -> tuple[dict[str, Arm], dict[str, str]]:
     """Every arm by name, and those left out with the reason."""
-    tokenizer, left_out = trio.tokenizer, {}
+    tokenizer, left_out = member_set.tokenizer, {}
     ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
 
-    def as_published(law: published.Law) -> Write:
-        experts = list(trio.experts.values())
-        return lambda inputs, limits: published.generate(trio.strong, trio.base, experts, law, inputs, **ends, **limits)
+    def as_published(fuse: published.Fuse) -> Write:
+        experts = list(member_set.experts.values())
+        return lambda inputs, limits: published.generate(
+            member_set.strong, member_set.base, experts, fuse, inputs, **ends, **limits
+        )
 
     def plain(**more: Any) -> Write:
-        return lambda inputs, limits: trio.strong.generate(**inputs, **limits, do_sample=False, **more)
+        return lambda inputs, limits: member_set.strong.generate(**inputs, **limits, do_sample=False, **more)
 
     writers: dict[str, Write] = {STRONG: plain()}
     if point.batch == 1:
-        writers[ASSISTED] = plain(assistant_model=trio.base)
+        writers[ASSISTED] = plain(assistant_model=member_set.base)
     else:
         left_out[ASSISTED] = ONE_ROW_ONLY
-    writers[STATIC] = as_published(published.static_law)
+    writers[STATIC] = as_published(published.fuse_static)
     if not point.is_brief:
-        writers[GRID] = as_published(published.grid_law)
+        writers[GRID] = as_published(published.fuse_grid)
     else:
         left_out[GRID] = TOO_LONG
-    arms: dict[str, Arm] = {name: _arm(write, trio, work) for name, write in writers.items()}
+    arms: dict[str, Arm] = {name: _arm(write, member_set, work) for name, write in writers.items()}
     plans: dict[str, Any] = {OURS: 0, SPECULATED: "auto"}
     if not point.is_brief:
         plans |= {f"{SPECULATED}, {n} drafted": n for n in point.drafts}
-    arms |= {name: fused_arm(trio, work, speculate=speculate) for name, speculate in plans.items()}
+    arms |= {name: fused_arm(member_set, work, speculate=speculate) for name, speculate in plans.items()}
     return arms, left_out
 
 
-def _arm(write: Write, trio: Trio, work: Work, after: Callable[[], None] = lambda: None, is_fused: bool = False) -> Arm:
+def _arm(
+    write: Write, member_set: MemberSet, work: Work, after: Callable[[], None] = lambda: None, is_fused: bool = False
+) -> Arm:
     """An arm that answers all batches of a repeat, with counts; `after` is called behind each batch."""
 
     def answer(repeat: int) -> Record:
-        forwards = trio.fused.reader.groups
-        groups = (forwards[:1], forwards[1:]) if is_fused else ([trio.strong], trio.small)
+        forwards = member_set.fused.reader.groups
+        groups = (forwards[:1], forwards[1:]) if is_fused else ([member_set.strong], member_set.small)
         watched = dict(zip(("strong", "small"), groups, strict=True))
         tokens, rows = 0, 0
         batches, limits = work.batches(repeat), work.limits_of(repeat)
-        with Meter(watched) as meter, Stopwatch(trio.strong.device) as watch:
+        with Meter(watched) as meter, Stopwatch(member_set.strong.device) as watch:
             for inputs in batches:
                 ids = write(inputs, limits)
                 after()
-                tokens += count_new(ids[:, inputs["input_ids"].shape[1] :], trio.tokenizer.eos_token_id)
+                tokens += count_new(ids[:, inputs["input_ids"].shape[1] :], member_set.tokenizer.eos_token_id)
                 rows = len(ids)
         return _record(watch.seconds, tokens, rows, meter)
 
     return answer
 
 
-def fused_arm(trio: Trio, work: Work, **settings: Any) -> Arm:
+def fused_arm(member_set: MemberSet, work: Work, **settings: Any) -> Arm:
     """Ours; where it speculates, also what became of the drafts. `settings` go to `generate`."""
-    fused, reports = trio.fused, list[Any]()
+    fused, reports = member_set.fused, list[Any]()
     learned: Any = None  # of costs and drafts, by this arm alone
 
     def write(inputs: Mapping[str, Tensor], limits: Mapping[str, int]) -> Tensor:
@@ -235,7 +239,7 @@ def fused_arm(trio: Trio, work: Work, **settings: Any) -> Arm:
         ids: Tensor = fused.generate(**asked)
         return ids
 
-    plain = _arm(write, trio, work, after=lambda: reports.append(fused.last_speculation), is_fused=True)
+    plain = _arm(write, member_set, work, after=lambda: reports.append(fused.last_speculation), is_fused=True)
 
     def answer(repeat: int) -> Record:
         nonlocal learned
@@ -279,40 +283,42 @@ OWN_STEPS = "members' own steps"
 STEP_REPEATS = 9
 
 
-def step_cases(point: Point, stock: Stock, trio: Trio, options: Options, progress: Progress) -> list[Case]:
+def step_cases(
+    point: Point, factory: MemberFactory, member_set: MemberSet, options: Options, progress: Progress
+) -> list[Case]:
     """What fusing adds to the members' own forwards, and what more LoRA experts cost."""
     repeats = options.repeats or STEP_REPEATS
     progress("making members with adapters")
-    one, four = (stock.trio(replace(point.spec, experts=TUNED_TASKS[:n], is_lora=True)) for n in (1, 4))
+    one, four = (factory.make(replace(point.spec, experts=TUNED_TASKS[:n], is_lora=True)) for n in (1, 4))
     return [
-        _step_case(STEP, trio, point, repeats, progress),
+        _step_case(STEP, member_set, point, repeats, progress),
         _step_case(f"{STEP}, 4 LoRA experts", four, point, repeats, progress),
         _small_part_case(one, four, point, repeats, progress),
     ]
 
 
-def _step_case(name: str, trio: Trio, point: Point, repeats: int, progress: Progress) -> Case:
+def _step_case(name: str, member_set: MemberSet, point: Point, repeats: int, progress: Progress) -> Case:
     """The fused step beside the sum of what its members take one by one, each alone."""
-    alone = [trio.strong, trio.base, *trio.experts.values()]
+    alone = [member_set.strong, member_set.base, *member_set.experts.values()]
 
     def own(_: int) -> Record:
         return {"ms": 1e3 * sum(mean_seconds(Stepper(model)) for model in alone)}
 
-    arms: dict[str, Arm] = {OWN_STEPS: own, OURS: lambda _: {"ms": 1e3 * mean_seconds(Stepper(trio.fused))}}
+    arms: dict[str, Arm] = {OWN_STEPS: own, OURS: lambda _: {"ms": 1e3 * mean_seconds(Stepper(member_set.fused))}}
     runs = interleave(arms, repeats, lambda text: progress(f"{name}: {text}"))
-    settings = _step_settings(point, len(trio.experts))
-    return Case(name, "ms", "ms a step", False, OWN_STEPS, (), settings, trio.facts, runs)
+    settings = _step_settings(point, len(member_set.experts))
+    return Case(name, "ms", "ms a step", False, OWN_STEPS, (), settings, member_set.facts, runs)
 
 
 ONE_EXPERT, FOUR_EXPERTS = "1 LoRA expert", "4 LoRA experts"
 
 
-def _small_part_case(one: Trio, four: Trio, point: Point, repeats: int, progress: Progress) -> Case:
+def _small_part_case(one: MemberSet, four: MemberSet, point: Point, repeats: int, progress: Progress) -> Case:
     """Seconds inside the small models' forwards of a fused step: base and one adapter, base and four."""
 
-    def small_ms(trio: Trio) -> Record:
-        stepper = Stepper(trio.fused)
-        with Meter({"small": trio.fused.reader.groups[1:]}) as meter:
+    def small_ms(member_set: MemberSet) -> Record:
+        stepper = Stepper(member_set.fused)
+        with Meter({"small": member_set.fused.reader.groups[1:]}) as meter:
             whole = mean_seconds(stepper)
         return {"ms": 1e3 * meter.seconds["small"] / STEPS, "whole_step_ms": 1e3 * whole}
 

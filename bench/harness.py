@@ -7,7 +7,6 @@ fewer than four repeats the least and the largest are reported in place of quart
 
 import contextlib
 import gc
-import io
 import json
 import shlex
 import statistics
@@ -20,6 +19,8 @@ from typing import Any
 
 from bench import machine
 from trimtab.core.files import write_whole
+from trimtab.measure import plots
+from trimtab.measure.tables import NONE, Cell, Grid, Row, terminal
 
 Record = Mapping[str, float]  # the figures of one run
 WARM_UP = -1
@@ -243,11 +244,22 @@ def show(findings: Findings) -> None:
         console.print(f"\n[bold]{case.name}[/bold]  {listed(case.settings)}")
         if case.facts:
             console.print(f"measured: {listed(case.facts)}")
-        console.print(_table(case))
+        console.print(terminal(grid_of(case)))
         for arm, reason in case.left_out.items():
             console.print(f"left out: {arm}: {reason}")
     for note in findings.notes:
         console.print(note)
+
+
+def grid_of(case: Case) -> Grid:
+    """The table of a case: every arm's figure, its ratio to the reference, and what is shown beside."""
+    heads = [f"{case.unit} ({interval_of(case)})", f"x {case.reference}", *case.beside]
+    rows = []
+    for arm in case.runs:
+        ratio = spread(ratios(case, arm)).text() if case.reference in case.runs else NONE
+        texts = [spread(figures(case, arm)).text(), ratio, *beside(case, arm)]
+        rows.append(Row(arm, arm, tuple(map(Cell, texts))))
+    return Grid("", tuple(head.replace("_", " ") for head in heads), tuple(rows), corner="arm")
 
 
 def listed(named: Mapping[str, Any]) -> str:
@@ -261,58 +273,29 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _table(case: Case) -> Any:
-    from rich.table import Table
-
-    table = Table("arm")
-    for name in (f"{case.unit} ({interval_of(case)})", f"x {case.reference}", *case.beside):
-        table.add_column(name.replace("_", " "), justify="right")
-    for arm in case.runs:
-        ratio = spread(ratios(case, arm)).text() if case.reference in case.runs else "–"
-        table.add_row(arm, spread(figures(case, arm)).text(), ratio, *beside(case, arm))
-    return table
-
-
 def beside(case: Case, arm: str) -> list[str]:
     """The medians of the figures that stand beside the main one; a dash where an arm has none."""
     has = [all(name in record for record in case.runs[arm]) for name in case.beside]
     pairs = zip(case.beside, has, strict=True)
-    return [f"{spread(figures(case, arm, name)).median:.3g}" if there else "–" for name, there in pairs]
+    return [f"{spread(figures(case, arm, name)).median:.3g}" if there else NONE for name, there in pairs]
 
 
-COLOURS = 64  # of a picture: lines, letters, and shades at their edges
-INK, SOFT, LINE, OURS, THEIRS = "#1d2329", "#5d6873", "#e3e0d8", "#e08a14", "#9aa5af"
+OURS, THEIRS = "#e08a14", plots.QUIET
 
 
 def plot(findings: Findings, file: Path) -> None:
     """Ratios to the reference, one panel of bars per case, with quartiles or extremes."""
-    from matplotlib.figure import Figure
-
     cases = [case for case in findings.cases if case.reference in case.runs]
     columns = min(3 if len(cases) <= 12 else 4, max(1, len(cases)))
     rows = max(1, -(-len(cases) // columns))
     arms = max((len(case.runs) for case in cases), default=1)
-    figure: Any = Figure(figsize=(5.2 * columns, (1.0 + 0.3 * arms) * rows), facecolor="white", layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel in panels:
-        panel.set_visible(False)
-    for panel, case in zip(panels, cases, strict=False):
-        panel.set_visible(True)
+    made, axes = plots.figure(rows, columns, (5.2 * columns, (1.0 + 0.3 * arms) * rows), grid_axis="")
+    for index, panel in enumerate(axes.flat):
+        panel.set_visible(index < len(cases))
+    for panel, case in zip(axes.flat, cases, strict=False):
         _bars(panel, case)
-    figure.suptitle(findings.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    save_figure(figure, file)
-
-
-def save_figure(figure: Any, file: Path) -> None:
-    """A matplotlib figure as PNG of few colours, a fifth of the bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    FigureCanvasAgg(figure)
-    drawn, saved = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, dpi=110, format="png")
-    Image.open(drawn).convert("RGB").quantize(COLOURS).save(saved, format="PNG", optimize=True)
-    write_whole(file, saved.getvalue())
+    made.suptitle(findings.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=plots.INK)
+    plots.save(made, file)
 
 
 def _bars(panel: Any, case: Case) -> None:
@@ -320,12 +303,11 @@ def _bars(panel: Any, case: Case) -> None:
     spreads = [spread(ratios(case, arm)) for arm in arms]
     errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
     colours = [OURS if arm.startswith("ours") else THEIRS for arm in arms]
-    panel.barh(arms, [s.median for s in spreads], xerr=errors, color=colours, ecolor=INK, error_kw={"elinewidth": 0.8})
-    for place, one in enumerate(spreads):
-        panel.text(one.high, place, f" {one.median:.2f}", va="center", fontsize=8, color=INK)
-    panel.axvline(1.0, color=SOFT, linewidth=0.8)
-    panel.set_title(f"{case.name}\n{case.unit}, x {case.reference}", loc="left", fontsize=9, color=INK)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.spines[["left", "bottom"]].set_color(LINE)
-    panel.tick_params(colors=SOFT, length=0, labelsize=8)
+    bars = {"color": colours, "ecolor": plots.INK, "error_kw": {"elinewidth": 0.8}}
+    panel.barh(arms, [s.median for s in spreads], xerr=errors, **bars)
+    for index, one in enumerate(spreads):
+        panel.text(one.high, index, f" {one.median:.2f}", va="center", fontsize=8, color=plots.INK)
+    panel.axvline(1.0, color=plots.SOFT, linewidth=0.8)
+    plots.title(panel, f"{case.name}\n{case.unit}, x {case.reference}", size=9)
+    panel.tick_params(labelsize=8)
     panel.margins(x=0.15)

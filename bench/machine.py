@@ -4,13 +4,13 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("trimtab", "torch", "transformers", "peft")
+from trimtab.measure import stamps
+
 ROOT = Path(__file__).parent.parent
 MEASURED = (".", ":(exclude)bench/results")  # what a commit stands for
 
@@ -31,7 +31,7 @@ def describe(name: str = "") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "allocator": {name: text for name, text in sorted(os.environ.items()) if name.startswith("MALLOC_")},
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": stamps.versions(),
     }
 
 

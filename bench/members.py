@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bench.inflation import count_parameters, inflate_, least_parameters
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
 from trimtab.logits.forward.groups import ForwardGroup
 from trimtab.models.opening import quiet_bars
-from trimtab.zoo import TASKS, Split, inflate_, load_items, resolve
-from trimtab.zoo.inflation import count_parameters, least_parameters
+from trimtab.zoo import TASKS, Split, load_items, resolve
 
 CONTEXT = 1024  # positions that inflated models may read; from 256 on they were never trained
 STRONG_BLOCKS, SMALL_BLOCKS = 10, 4  # on top of six and two: few enough that starting operations does not decide
@@ -50,7 +50,7 @@ class Spec:
 
 
 @dataclass
-class Trio:
+class MemberSet:
     """The same members three times over: alone, as the published loops read them, and fused.
 
     base, experts   models of their own; adapters are merged into copies of the base
@@ -72,14 +72,14 @@ class Trio:
         return list({id(model): model for model in models if model is not self.strong}.values())
 
 
-class Stock:
+class MemberFactory:
     """Makes members; strong models, which take long, are kept."""
 
     def __init__(self) -> None:
         self._strong: dict[Any, Any] = {}
         self._sizes: dict[Any, int] = {}
 
-    def trio(self, spec: Spec) -> Trio:
+    def make(self, spec: Spec) -> MemberSet:
         """Members of this cost; the ratio is set by measurement, and measured again."""
         strong = self.strong(spec)
         size = self._small_size(spec)
@@ -88,9 +88,9 @@ class Stock:
         plain = {task: small_model(f"small/{task}{kind}", size, spec) for task in spec.experts}
         tokenizer = load_tokenizer()
         fused = fuse_adapters(strong, size, spec, tokenizer) if spec.is_lora else fuse(strong, base, plain, tokenizer)
-        trio = Trio(strong, base, plain, fused, tokenizer)
-        trio.facts = self._facts(spec, trio)
-        return trio
+        member_set = MemberSet(strong, base, plain, fused, tokenizer)
+        member_set.facts = self._facts(spec, member_set)
+        return member_set
 
     def strong(self, spec: Spec) -> Any:
         """The strong model, made once per size."""
@@ -110,15 +110,15 @@ class Stock:
             self._sizes[key] = size_for(wanted, lambda size: step_seconds(small_model("small", size, spec)), spec)
         return self._sizes[key]
 
-    def _facts(self, spec: Spec, trio: Trio) -> dict[str, Any]:
-        strong, base = step_seconds(trio.strong), step_seconds(trio.base)
+    def _facts(self, spec: Spec, member_set: MemberSet) -> dict[str, Any]:
+        strong, base = step_seconds(member_set.strong), step_seconds(member_set.base)
         return {
-            "strong_parameters": count_parameters(trio.strong),
-            "small_parameters": count_parameters(trio.base),
+            "strong_parameters": count_parameters(member_set.strong),
+            "small_parameters": count_parameters(member_set.base),
             "strong_step_ms": round(strong * 1e3, 3),
             "small_step_ms": round(base * 1e3, 3),
             "measured_ratio": round(strong / base, 2),
-            "forward_ms": {str(n): round(step_seconds(trio.strong, n) * 1e3, 2) for n in PROBE_TOKENS},
+            "forward_ms": {str(n): round(step_seconds(member_set.strong, n) * 1e3, 2) for n in PROBE_TOKENS},
         }
 
 

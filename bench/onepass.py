@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from bench import members
 from bench.harness import Arm, Case, Findings, Options, Progress, Record, interleave
+from bench.inflation import inflate_
 from trimtab import FusedCausalLM
 from trimtab.logits.forward import groups as lane_module
 from trimtab.logits.forward.groups import ForwardGroup, ForwardInputs, OneModel
 from trimtab.models.loading import Member
 from trimtab.models.opening import quiet_bars
-from trimtab.zoo import TUNED_TASKS, inflate_, resolve
+from trimtab.zoo import TUNED_TASKS, resolve
 
 SEPARATE, ONE_PASS = "separate", "one pass"
 SEPARATE_ONE, ONE_PASS_ONE = "separate, one expert", "one pass, one expert"

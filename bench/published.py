@@ -15,41 +15,44 @@ from torch import Tensor
 from transformers import DynamicCache
 
 # From the logits of strong and base [batch, vocab] and of the experts [expert, batch, vocab] to fused scores.
-Law = Callable[[Tensor, Tensor, Tensor], Tensor]
+Fuse = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 ALPHAS = tuple(step / 10 for step in range(21))  # 0, 0.1, ..., 2
 
 
-def static_law(strong: Tensor, base: Tensor, experts: Tensor) -> Tensor:
+def fuse_static(strong: Tensor, base: Tensor, experts: Tensor) -> Tensor:
     """strong + sum of (expert - base): proxy-tuning, alpha = 1. [batch, vocab]"""
     return strong + (experts - base).sum(dim=0)
 
 
-def grid_law(strong: Tensor, base: Tensor, experts: Tensor) -> Tensor:
-    """Algorithm 1: every expert alone with every alpha of the grid; the best pair's law. [batch, vocab]
+def fuse_grid(strong: Tensor, base: Tensor, experts: Tensor) -> Tensor:
+    """Algorithm 1: every expert alone with every alpha of the grid; the log-probs of the best pair. [batch, vocab]
 
-    The objective of expert t's law p~ = softmax(log P + alpha (log Q_t - log Q)) is
+    The objective of expert t, p~ = softmax(log P + alpha (log Q_t - log Q)) is
     sum over s of (KL(p~ || P) - KL(Q_s || Q))^2 + (KL(P || p~) - KL(Q || Q_s))^2.
     """
     strong, base, experts = (scores.log_softmax(dim=-1) for scores in (strong, base, experts))
     targets = [(_kl(expert, base), _kl(base, expert)) for expert in experts]
-    best_law, best = strong, torch.full_like(strong[:, 0], torch.inf)
+    best_log_probs, best = strong, torch.full_like(strong[:, 0], torch.inf)
     for expert in experts:
         delta = expert - base
         for alpha in ALPHAS:
-            law = (strong + alpha * delta).log_softmax(dim=-1)
-            forward, reverse = _kl(law, strong), _kl(strong, law)
+            fused = (strong + alpha * delta).log_softmax(dim=-1)
+            forward, reverse = _kl(fused, strong), _kl(strong, fused)
             objective = torch.zeros_like(best)
             for there, back in targets:
                 objective += (forward - there) ** 2 + (reverse - back) ** 2
             is_better = objective < best
-            best_law, best = torch.where(is_better[:, None], law, best_law), torch.where(is_better, objective, best)
-    return best_law
+            best_log_probs, best = (
+                torch.where(is_better[:, None], fused, best_log_probs),
+                torch.where(is_better, objective, best),
+            )
+    return best_log_probs
 
 
-def _kl(law: Tensor, other: Tensor) -> Tensor:
-    """KL(law || other) in nats, [batch]."""
-    return (law.exp() * (law - other)).sum(dim=-1)
+def _kl(log_probs: Tensor, other: Tensor) -> Tensor:
+    """KL(p || other) in nats, [batch]; both are log-probabilities [batch, vocab]."""
+    return (log_probs.exp() * (log_probs - other)).sum(dim=-1)
 
 
 @torch.inference_mode()
@@ -57,7 +60,7 @@ def generate(
     strong: Any,
     base: Any,
     experts: Sequence[Any],
-    law: Law,
+    fuse: Fuse,
     inputs: Mapping[str, Tensor],
     eos_id: int,
     pad_id: int,
@@ -76,7 +79,7 @@ def generate(
             member(**read, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
             for member, cache in zip(members, caches, strict=True)
         ]
-        scores = law(logits[0], logits[1], torch.stack(logits[2:]))
+        scores = fuse(logits[0], logits[1], torch.stack(logits[2:]))
         if step < min_new_tokens:
             scores[:, eos_id] = -torch.inf
         chosen = torch.where(is_running, scores.argmax(dim=-1), pad_id)

@@ -9,15 +9,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import harness, shares
-from bench.bars import BARS, MET, MISSED, Bar
+from bench import harness, time_breakdown
 from bench.decode import CENTRE
 from bench.harness import Case, figures, listed, ratios, spread
+from bench.targets import MET, MISSED, TARGETS, Target
 from trimtab.core.errors import InputError
 from trimtab.core.files import write_whole
 from trimtab.measure.pages import replace_between_markers
 
-ORDER = ("decode", "solve", "memory", "onepass", "drafters")
+ORDER = ("decode", "solve", "memory", "onepass", "draft_sources")
 README_BENCH = "decode"  # the README shows the targets of speed; the page has all
 START, END = "<!-- speed:start -->", "<!-- speed:end -->"
 INTERVALS = (
@@ -51,7 +51,11 @@ def with_targets(readme: Path, folder: Path) -> str:
     """
     lines: list[str] = []
     for name, documents in by_machine(folder).items():
-        lines += [f"{name}:", "", *bar_rows(documents, [bar for bar in BARS if bar.bench == README_BENCH])]
+        lines += [
+            f"{name}:",
+            "",
+            *target_rows(documents, [target for target in TARGETS if target.bench == README_BENCH]),
+        ]
     return renewed(readme, lines, START, END, "the measured speed")
 
 
@@ -143,8 +147,8 @@ def _summary(name: str, documents: Mapping[str, Document], page: Path) -> Iterat
     yield from _machine(name, documents)
     yield "### Targets and measurements"
     yield ""
-    yield from bar_rows(documents)
-    yield from shares.costs(documents)
+    yield from target_rows(documents)
+    yield from time_breakdown.costs(documents)
     yield "### What was measured"
     yield ""
     yield "| bench | command | date (UTC) | commit | points |"
@@ -166,24 +170,24 @@ def _command(document: Document) -> str:
     return str(document.get("command", f"python -m bench {document['bench']}"))
 
 
-def bar_rows(documents: Mapping[str, Document], bars: Sequence[Bar] = BARS) -> Iterator[str]:
+def target_rows(documents: Mapping[str, Document], targets: Sequence[Target] = TARGETS) -> Iterator[str]:
     """A table of targets: the worst case, how many of the cases meet the target, the central case.
 
     documents   bench -> what it found
     """
     yield "| | target | worst case | | where | cases that meet it | central case |"
     yield "|---|--:|--:|---|---|---|--:|"
-    for bar in bars:
-        document = documents.get(bar.bench)
-        worst = bar.worst(document) if document is not None else None
+    for target in targets:
+        document = documents.get(target.bench)
+        worst = target.worst(document) if document is not None else None
         if document is None or worst is None:
-            yield f"| {bar.claim} | {bar.demand} | – | not measured | | | |"
+            yield f"| {target.claim} | {target.demand} | – | not measured | | | |"
         else:
             quick = ", quick form" if document["is_quick"] else ""
-            found = list(bar.find(harness.cases_of(document)))
-            met = sum(bar.verdict(ratio) == MET for _, ratio in found)
+            found = list(target.find(harness.cases_of(document)))
+            met = sum(target.verdict(ratio) == MET for _, ratio in found)
             centre = next((_ratio(ratio) for name, ratio in found if name == CENTRE), "")
-            cells = [bar.claim, bar.demand, _ratio(worst[1]), _verdict(bar, worst[1]), f"{worst[0]}{quick}"]
+            cells = [target.claim, target.demand, _ratio(worst[1]), _verdict(target, worst[1]), f"{worst[0]}{quick}"]
             yield f"| {' | '.join(cells)} | {met} of {len(found)} | {centre} |"
     yield ""
 
@@ -192,8 +196,8 @@ def _ratio(ratio: harness.Spread) -> str:
     return ratio.text(digits=3 if ratio.median < 0.5 else 2)
 
 
-def _verdict(bar: Bar, ratio: harness.Spread) -> str:
-    verdict = bar.verdict(ratio)
+def _verdict(target: Target, ratio: harness.Spread) -> str:
+    verdict = target.verdict(ratio)
     return f"**{verdict}**" if verdict == MISSED else verdict
 
 
@@ -216,7 +220,7 @@ def bench_rows(document: Document, picture: Path, page: Path) -> Iterator[str]:
         yield f"- {note}"
     yield ""
     cases = harness.cases_of(document)
-    yield from shares.seconds_rows(cases)
+    yield from time_breakdown.seconds_rows(cases)
     for _, alike in groupby(cases, key=_columns):
         group = list(alike)
         yield from _grid(group) if len(group) > 1 and not group[0].beside else (row for c in group for row in _case(c))

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from bench.inflation import ALIGNED, WEIGHT_BOUND, count_parameters, inflate_, least_parameters
 from bench.members import SMALL_BLOCKS, STRONG_BLOCKS, load_tokenizer
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting
 from trimtab.models.opening import quiet_bars
-from trimtab.zoo import inflate_, resolve
-from trimtab.zoo.inflation import ALIGNED, WEIGHT_BOUND, count_parameters, least_parameters
+from trimtab.zoo import resolve
 
 EXPERT = "arithmetic"
 

@@ -37,11 +37,12 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import harness, served, served_steps, traffic
-from bench.bars import Bar, Found
-from bench.harness import INK, LINE, SOFT, Case, Findings, Options, Progress, Record, figures, ratios, spread
+from bench.harness import Case, Findings, Options, Progress, Record, figures, ratios, spread
 from bench.served import ACCEPTED, BETWEEN_TOKENS, DRAFTED, MODEL, Cores, Server
 from bench.served_members import EXPERT, Directories, write_members
+from bench.targets import Found, Target
 from trimtab.core.errors import TrimtabError
+from trimtab.measure import plots
 from trimtab.serving.vllm.speculative_config import drafter_directory
 
 STRONG, SMALL, TINY = "strong alone", "small member alone", "tiny member alone"
@@ -389,29 +390,26 @@ TAILS = {"ttft_ms": "ttft_p95_ms", "itl_mean_ms": "itl_p95_ms"}
 
 def plot(findings: Findings, file: Path) -> None:
     """Throughput and waiting times over the rate of arrival, saturation at the right end; bars for a single point."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     cases = [case for case in findings.cases if case.name == SATURATION or "requests_per_second" in case.settings]
     if len(cases) < 2:
         harness.plot(findings, file)
         return
-    figure: Any = Figure(figsize=(15, 4.2), facecolor="white", layout="constrained")
-    for panel, (name, unit, is_log) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    made, axes = plots.figure(1, len(PANELS), (15, 4.2), grid_axis="")
+    for panel, (name, unit, is_log) in zip(axes.flat, PANELS, strict=True):
         _lines(panel, cases, name)
         if is_log:
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter(ScalarFormatter())
             panel.yaxis.set_minor_formatter(ScalarFormatter())
-        panel.set_title(unit, loc="left", fontsize=9, color=INK)
+        plots.title(panel, unit, size=9)
         panel.set_xticks(range(len(cases)), [_tick(case) for case in cases])
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(LINE)
-        panel.tick_params(colors=SOFT, length=0, labelsize=8)
-        panel.set_xlabel("requests a second", fontsize=8, color=SOFT)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(findings.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    harness.save_figure(figure, file)
+        panel.tick_params(labelsize=8)
+        panel.set_xlabel("requests a second", fontsize=8, color=plots.SOFT)
+    made.axes[0].legend(frameon=False, fontsize=8)
+    made.suptitle(findings.title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=plots.INK)
+    plots.save(made, file)
 
 
 def _lines(panel: Any, cases: Sequence[Case], name: str) -> None:
@@ -447,15 +445,15 @@ def _saturated(arm: str, reference: str) -> Any:
     return find
 
 
-BARS = (
-    Bar(
+TARGETS = (
+    Target(
         "Fused tokens/s at saturation, over what its members' times in one engine add up to",
         "serving",
         0.85,
         True,
         _saturated(OURS, PREDICTED),
     ),
-    Bar(
+    Target(
         "Fused tokens/s at saturation with the expert drafting, over the strong model alone",
         "serving",
         1.0,

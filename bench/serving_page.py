@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
-from bench.report import INTERVALS, bar_rows, bench_rows
-from bench.serving import BARS
+from bench.report import INTERVALS, bench_rows, target_rows
+from bench.serving import TARGETS
 from trimtab.core.errors import InputError, TrimtabError
 from trimtab.core.files import write_whole
 
@@ -35,7 +35,7 @@ def _lines(folder: Path, page: Path) -> Iterator[str]:
         document = harness.read_json(file)
         yield INTERVALS
         yield ""
-        yield from bar_rows({"serving": document}, BARS)
+        yield from target_rows({"serving": document}, TARGETS)
         yield from _measured(file, document, page)
     if drafts is not None:
         yield from _measured(drafts, harness.read_json(drafts), page)

@@ -108,7 +108,7 @@ def measure(options: Options, progress: Progress) -> Findings:
 def solve_case(point: Point, repeats: int, is_quick: bool, progress: Progress) -> Case:
     """All arms at one point; ratios to ours."""
     draws = max(1, min(repeats, DRAWN_NUMBERS // (point.batch * point.vocab)))
-    laws = [laws_of(point, draw) for draw in range(draws)]
+    laws = [draw_log_probs(point, draw) for draw in range(draws)]
     rows = max(1, min(point.batch, (SLOW_NUMBERS_QUICK if is_quick else SLOW_NUMBERS) // point.vocab))
     arms = arms_of(laws, rows)
     entropy = torch.cat([entropy_nats(law[0].double()) for law in laws])
@@ -185,7 +185,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 # ---- laws
 
 
-def laws_of(point: Point, draw: int) -> MemberLogProbs:
+def draw_log_probs(point: Point, draw: int) -> MemberLogProbs:
     """Members' log-probabilities, float32; different ones for each draw."""
     if point.law == ZOO:
         rows = torch.arange(point.batch) + draw * point.batch
@@ -242,7 +242,7 @@ def step_case(name: str, dtype: torch.dtype, repeats: int, draws: int, progress:
     """A decoding step of a model of the size, and the strategy's call that follows it, caches left as the step does."""
     progress(f"{name}: making the model")
     step, parameters = billion_step(dtype)
-    laws = [laws_of(Point(PEAKED, STEP_VOCAB, 1), draw) for draw in range(draws)]
+    laws = [draw_log_probs(Point(PEAKED, STEP_VOCAB, 1), draw) for draw in range(draws)]
     dynamic = make_strategy("dynamic", alpha_max=ALPHA_MAX)
 
     def after_a_step(seconds: Callable[[MemberLogProbs], float]) -> Record:
@@ -324,7 +324,7 @@ def billion_step(dtype: torch.dtype) -> tuple[Callable[[], object], int]:
 
 
 def notes(cases: list[Case]) -> list[str]:
-    """Ours over the grid at its worst, and over each step of a strong model; `bars` judges them."""
+    """Ours over the grid at its worst, and over each step of a strong model; `targets` judges them."""
     found = []
     beside_grid = [(share(case, OURS, GRID), case.name) for case in cases if {OURS, GRID} <= case.runs.keys()]
     if beside_grid:

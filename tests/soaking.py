@@ -348,7 +348,7 @@ def memory_of(server: Server) -> int:
 
 
 def memory_check(before: int, after: int) -> Check:
-    """Growth within the bar."""
+    """Growth within the target."""
     found = f"{after / before:.3f} of {before / 2**20:.0f} MiB"
     return Check("memory afterwards", found, f"<= {GROWTH}", after <= GROWTH * before)
 

@@ -9,10 +9,10 @@ import torch
 from bench.__main__ import main
 from bench.decode import Point
 from bench.harness import Case, Findings, Options
-from bench.members import Spec, Stock
+from bench.members import MemberFactory, Spec
 from bench.memory import FUSED, Load
 
-from bench import bars, decode, harness, memory, report, shares
+from bench import decode, harness, memory, report, targets, time_breakdown
 from trimtab.core.errors import TrimtabError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,7 +32,7 @@ def decoded():
         Point(decode.CENTRE, SPEC, ("facts",), repeats=2, drafts=(3,), output=8),
         Point("batch 2", SPEC, ("facts",), batch=2, repeats=1, output=6, prompt=12, is_brief=True),
     ]
-    return decode.run(points, Stock(), Options(repeats=2), quiet)
+    return decode.run(points, MemberFactory(), Options(repeats=2), quiet)
 
 
 @pytest.mark.thorough
@@ -68,7 +68,7 @@ def test_tokens_are_counted_up_to_the_end_of_each_row():
 
 def test_a_cost_that_cannot_be_had_leaves_its_point_out_with_the_reason():
     spec = Spec(12_000_000, 1e6, dtype="float32")
-    found = decode.run([Point("ratio 1000000", spec)], Stock(), Options(), quiet)
+    found = decode.run([Point("ratio 1000000", spec)], MemberFactory(), Options(), quiet)
     assert found.cases == []
     assert re.search(r"Left out, ratio 1000000: a small member of .* takes .* ms a step", found.notes[-1])
 
@@ -145,17 +145,17 @@ def rates(**arms):
     return Case(decode.CENTRE, "tokens_per_second", "tokens/s", True, decode.STRONG, settings=settings, runs=runs)
 
 
-def test_the_page_holds_every_bar_and_judges_by_the_figures(tmp_path):
+def test_the_page_holds_every_target_and_judges_by_the_figures(tmp_path):
     found = rates(strong_alone=[10.0, 20.0], ours_speculated=[25.0, 50.0], strong_assisted=[30.0, 60.0])
     write_results(tmp_path, Findings("Decoding", {}, [found], ["a note"]), is_quick=False)
     page = tmp_path / "docs" / "page.md"
     assert main(["report", "--output", str(tmp_path), "--page", str(page)]) == 0
     text = page.read_text()
-    first, second, *others = bars.BARS
+    first, second, *others = targets.TARGETS
     assert f"| {first.claim} | ≥ 2.00 | 2.50 (2.50 – 2.50) | met | centre |" in text
     assert f"| {second.claim} | ≥ 1.00 | 0.83 (0.83 – 0.83) | **missed** | centre |" in text
-    for bar in others:
-        assert f"| {bar.claim} | {bar.demand} | – | not measured | |" in text
+    for target in others:
+        assert f"| {target.claim} | {target.demand} | – | not measured | |" in text
     assert report.INTERVALS in text
     assert "[Decoding](page-points.md#decoding)" in text
     points = (page.parent / "page-points.md").read_text()
@@ -182,21 +182,21 @@ def test_long_runs_go_before_quick_ones_and_parts_are_left_out(tmp_path):
 def test_the_worst_place_counts():
     runs = {memory.SUM: [{"mib": 100.0}], memory.OURS: [{"mib": 105.0}], memory.SPECULATED: [{"mib": 120.0}]}
     case = Case("2 LoRA experts", "mib", "MiB", False, memory.SUM, runs=runs)
-    bar = bars.BARS[-1]
-    name, ratio = bar.worst({"cases": [vars(case)]})
-    assert (name, ratio.median, bar.verdict(ratio)) == ("2 LoRA experts, ours speculated", 1.2, bars.MISSED)
-    assert bar.worst({"cases": []}) is None
+    target = targets.TARGETS[-1]
+    name, ratio = target.worst({"cases": [vars(case)]})
+    assert (name, ratio.median, target.verdict(ratio)) == ("2 LoRA experts, ours speculated", 1.2, targets.MISSED)
+    assert target.worst({"cases": []}) is None
     fast, slow = (vars(rates(strong_alone=[10.0], ours_speculated=[rate])) for rate in (30.0, 15.0))
-    name, ratio = bars.BARS[0].worst({"cases": [fast, slow]})
-    assert (ratio.median, bars.BARS[0].verdict(ratio)) == (1.5, bars.MISSED)
+    name, ratio = targets.TARGETS[0].worst({"cases": [fast, slow]})
+    assert (ratio.median, targets.TARGETS[0].verdict(ratio)) == (1.5, targets.MISSED)
 
 
 def test_a_promise_is_met_where_the_whole_interval_keeps_it():
-    fast, small = bars.BARS[0], bars.BARS[-1]  # at least 2, at most 1.1
+    fast, small = targets.TARGETS[0], targets.TARGETS[-1]  # at least 2, at most 1.1
     found = [fast.verdict(harness.spread(values)) for values in ([2.0, 2.5], [1.9, 2.5], [1.5, 2.3])]
-    assert found == [bars.MET, bars.IN_THE_MEDIAN, bars.MISSED]
+    assert found == [targets.MET, targets.IN_THE_MEDIAN, targets.MISSED]
     found = [small.verdict(harness.spread(values)) for values in ([1.0, 1.1], [0.9, 1.2], [1.0, 1.3])]
-    assert found == [bars.MET, bars.IN_THE_MEDIAN, bars.MISSED]
+    assert found == [targets.MET, targets.IN_THE_MEDIAN, targets.MISSED]
     # The worst place is the one whose verdict is the worst, though another's median be nearer to the limit.
     safe, shaky = (rates(strong_alone=[10.0, 10.0], ours_speculated=own) for own in ([21.0, 21.0], [19.0, 30.0]))
     assert fast.worst({"cases": [vars(safe), vars(shaky)]})[1].median == pytest.approx(2.45)
@@ -207,11 +207,11 @@ def test_a_promise_is_met_where_the_whole_interval_keeps_it():
 
 
 @pytest.mark.parametrize("other", [{"batch": 4}, {"ratio": 10}, {"prompt": 512}])
-def test_bars_judge_the_promised_places_only(other):
+def test_targets_judge_the_promised_places_only(other):
     promised = rates(strong_alone=[10.0], ours_speculated=[25.0])
     elsewhere = rates(strong_alone=[10.0], ours_speculated=[5.0])
     elsewhere.settings |= other
-    assert bars.BARS[0].worst({"cases": [vars(promised), vars(elsewhere)]})[1].median == 2.5
+    assert targets.TARGETS[0].worst({"cases": [vars(promised), vars(elsewhere)]})[1].median == 2.5
 
 
 def test_cases_of_the_same_arms_share_a_table(tmp_path):
@@ -297,15 +297,15 @@ def test_shares_of_the_seconds_add_up_over_repeats():
         decode.SPECULATED: [d | {"tokens": 40.0} for d in (drafted, slow)],
     }
     case.settings["batch"] = 2
-    *_, row, end = shares.seconds_rows([case])
+    *_, row, end = time_breakdown.seconds_rows([case])
     assert (row, end) == (f"| {decode.CENTRE} | 0.75 | 0.12 | 0.12 | 2.0 | 100 | 300 |", "")
-    assert list(shares.seconds_rows([rates(strong_alone=[1.0])])) == []
+    assert list(time_breakdown.seconds_rows([rates(strong_alone=[1.0])])) == []
 
 
 def test_costs_are_told_of_the_promised_places_alone():
     cases = [rates(strong_alone=[1.0]) for _ in range(3)]
     for case, ratio, batch in zip(cases, (14.6, 23.2, 90.0), (1, 1, 4), strict=True):
-        case.facts, case.settings["batch"] = {shares.RATIO: ratio}, batch
+        case.facts, case.settings["batch"] = {time_breakdown.RATIO: ratio}, batch
     documents = {"decode": {"cases": [vars(case) for case in cases]}}
-    assert "it was 15 to 23 times" in " ".join(shares.costs(documents))
-    assert list(shares.costs({})) == []
+    assert "it costs 15 to 23 times as much" in " ".join(time_breakdown.costs(documents))
+    assert list(time_breakdown.costs({})) == []

@@ -28,20 +28,20 @@ def test_published_loops_write_what_ours_writes(loaded, name, count, batch):
     named = dict(zip(TASKS[:count], experts[:count], strict=True))
     fused = FusedCausalLM.from_members(strong, base, named, strategy, tokenizer)
     inputs = members.encode(tokenizer, members.prompts_of(TASKS[:count], batch))
-    law = {"static": published.static_law, "grid": published.grid_law}[name]
+    fuse = {"static": published.fuse_static, "grid": published.fuse_grid}[name]
     ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
     for limits in ({"max_new_tokens": 24}, {"max_new_tokens": 30, "min_new_tokens": 30}):
         ours = fused.generate(**inputs, **limits, do_sample=False, speculate=0)
-        theirs = published.generate(strong, base, experts[:count], law, inputs, **ends, **limits)
+        theirs = published.generate(strong, base, experts[:count], fuse, inputs, **ends, **limits)
         assert torch.equal(ours, theirs)
 
 
-def test_laws_differ():
+def test_the_two_rules_differ():
     generator = torch.Generator().manual_seed(0)
     strong, base = (torch.randn(3, tiny.VOCAB, generator=generator) for _ in range(2))
     experts = base + torch.randn(2, 3, tiny.VOCAB, generator=generator)
-    static = published.static_law(strong, base, experts).log_softmax(dim=-1)
-    assert not torch.allclose(static, published.grid_law(strong, base, experts), atol=0.1)
+    static = published.fuse_static(strong, base, experts).log_softmax(dim=-1)
+    assert not torch.allclose(static, published.fuse_grid(strong, base, experts), atol=0.1)
     # An expert that learned nothing moves nothing.
-    unmoved = published.grid_law(strong, base, base.expand(2, -1, -1))
+    unmoved = published.fuse_grid(strong, base, base.expand(2, -1, -1))
     torch.testing.assert_close(unmoved, strong.log_softmax(dim=-1))

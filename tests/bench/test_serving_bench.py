@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.bars import MET, MISSED
 from bench.harness import Findings, Options, ratios
+from bench.inflation import count_parameters
 from bench.served import share_cores
 from bench.served_members import EXPERT, Directories, level
 from bench.serving import Form, Load
+from bench.targets import MET, MISSED
 from transformers import AutoModelForCausalLM
 
 from bench import harness, report, served_drafts, served_members, serving, serving_page
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting, InputError, TrimtabError
 from trimtab.zoo import resolve
-from trimtab.zoo.inflation import count_parameters
 
 ROOT = Path(__file__).parent.parent.parent
 FORM = Form(
@@ -195,25 +195,28 @@ def saturated(ours=0.9, drafted=3.0):
     return serving.case_of(Load(serving.SATURATION, 16, at_a_time=8), records(ours, drafted), FORM)
 
 
-def test_bars_judge_saturation_alone():
+def test_targets_judge_saturation_alone():
     case = saturated()
     assert tuple(case.runs) == serving.ARMS
     assert ratios(case, serving.OURS, serving.PREDICTED) == pytest.approx([0.9, 0.9])
     slow = serving.case_of(Load("2 at a time", 4, at_a_time=2), records(0.1, 0.1, "2 at a time"), FORM)
     document = {"cases": [vars(slow), vars(case)]}
-    cost, drafts = (bar.worst(document) for bar in serving.BARS)
+    cost, drafts = (target.worst(document) for target in serving.TARGETS)
     assert cost[1].median == pytest.approx(0.9)
     assert drafts[1].median == pytest.approx(1.5)
-    assert [bar.verdict(found[1]) for bar, found in zip(serving.BARS, (cost, drafts), strict=True)] == [MET, MET]
+    assert [target.verdict(found[1]) for target, found in zip(serving.TARGETS, (cost, drafts), strict=True)] == [
+        MET,
+        MET,
+    ]
     missed = {"cases": [vars(saturated(0.8, 1.9))]}
-    assert [bar.verdict(bar.worst(missed)[1]) for bar in serving.BARS] == [MISSED, MISSED]
+    assert [target.verdict(target.worst(missed)[1]) for target in serving.TARGETS] == [MISSED, MISSED]
 
 
 def test_an_arm_that_failed_is_left_out_of_cases_and_picture(tmp_path):
     runs = {arm: found for arm, found in records().items() if arm in (serving.STRONG, serving.OURS)}
     case = serving.case_of(Load(serving.SATURATION, 16, at_a_time=8), runs, FORM)
     assert list(case.runs) == [serving.STRONG, serving.OURS]
-    assert [bar.worst({"cases": [vars(case)]}) for bar in serving.BARS] == [None, None]
+    assert [target.worst({"cases": [vars(case)]}) for target in serving.TARGETS] == [None, None]
     serving.plot(Findings("Served under load", {}, [case]), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
 
@@ -256,7 +259,7 @@ def test_the_page_holds_targets_and_figures(tmp_path):
     page = tmp_path / "page.md"
     assert serving_page.main(["--output", str(tmp_path), "--page", str(page)]) == 0
     text = page.read_text()
-    assert f"| {serving.BARS[0].claim} | ≥ 0.85 | 0.90 (0.90 – 0.90) | met | saturation |" in text
+    assert f"| {serving.TARGETS[0].claim} | ≥ 0.85 | 0.90 (0.90 – 0.90) | met | saturation |" in text
     assert "| 0.50 (0.50 – 0.50) | **missed** | saturation |" in text
     assert "| ours, the expert drafts | 1.50 (1.00 – 2.00) |" in text
     assert report.INTERVALS in text

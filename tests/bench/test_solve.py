@@ -47,7 +47,7 @@ def test_the_plain_arm_runs_without_compiled_code(monkeypatch):
     monkeypatch.setattr(
         TiltedFamily, "tilt", lambda self, *rest, to=TiltedFamily.tilt: seen.append(1) or to(self, *rest)
     )
-    arms = solve.arms_of([solve.laws_of(SMALL, 0)], rows=5)
+    arms = solve.arms_of([solve.draw_log_probs(SMALL, 0)], rows=5)
     arms[solve.OURS](0)
     assert not seen
     arms[solve.PLAIN](0)
@@ -56,13 +56,15 @@ def test_the_plain_arm_runs_without_compiled_code(monkeypatch):
 
 
 @pytest.mark.parametrize("vocab", [8_000, 32_000, 152_000])
-def test_peaked_laws_have_the_entropy_that_is_claimed(vocab):
-    entropy = torch.cat([entropy_nats(solve.laws_of(solve.Point(solve.PEAKED, vocab, 4), i)[0]) for i in range(2)])
+def test_peaked_distributions_have_the_entropy_that_is_claimed(vocab):
+    entropy = torch.cat(
+        [entropy_nats(solve.draw_log_probs(solve.Point(solve.PEAKED, vocab, 4), i)[0]) for i in range(2)]
+    )
     assert 1.0 < entropy.median() < 4.5
 
 
 def test_draws_differ_and_repeat():
-    first, again, other = (solve.laws_of(SMALL, draw)[0] for draw in (0, 0, 1))
+    first, again, other = (solve.draw_log_probs(SMALL, draw)[0] for draw in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

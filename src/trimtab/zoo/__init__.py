@@ -1,7 +1,5 @@
 """The embedded world, tasks and models: what makes the library work with no download."""
 
-from typing import Any
-
 from trimtab.zoo.store import check_files, names, read_manifest, resolve, root
 from trimtab.zoo.style import in_own_style
 from trimtab.zoo.tasks import TASKS, TUNED_TASKS, Item, Split, Task, few_shot, items_path, load_items
@@ -15,7 +13,6 @@ __all__ = [
     "check_files",
     "few_shot",
     "in_own_style",
-    "inflate_",
     "items_path",
     "load_items",
     "names",
@@ -23,12 +20,3 @@ __all__ = [
     "resolve",
     "root",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Commands that only read items or names are not to wait for torch.
-    if name == "inflate_":
-        from trimtab.zoo.inflation import inflate_
-
-        return inflate_
-    raise AttributeError(f"module 'trimtab.zoo' has no attribute '{name}'")

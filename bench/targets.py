@@ -13,7 +13,7 @@ Found = tuple[str, Spread]  # where it was measured, and the ratio there
 
 
 @dataclass(frozen=True)
-class Bar:
+class Target:
     """A ratio that is to be reached.
 
     claim         what is compared with what
@@ -81,57 +81,57 @@ def _any_memory(cases: list[Case]) -> Iterator[Found]:
             yield f"{name}, {arm}", ratio
 
 
-BARS = (
-    Bar(
+TARGETS = (
+    Target(
         "Speculated fused tokens/s, over the strong model alone",
         "decode",
         2.0,
         True,
         _where(is_promised, decode.SPECULATED, decode.STRONG),
     ),
-    Bar(
+    Target(
         "Speculated fused tokens/s, over the strong model with assisted generation",
         "decode",
         1.0,
         True,
         _where(is_promised, decode.SPECULATED, decode.ASSISTED),
     ),
-    Bar(
+    Target(
         "Speculated fused tokens/s, over the paper's grid as published",
         "decode",
         3.0,
         True,
         _where(is_promised, decode.SPECULATED, decode.GRID),
     ),
-    Bar(
+    Target(
         "Unspeculated fused step, over the sum of its members' own steps",
         "decode",
         1.05,
         False,
         _where(_is_step, decode.OURS, decode.OWN_STEPS),
     ),
-    Bar(
+    Target(
         "Small-model part of a step with four LoRA experts, over that with one",
         "decode",
         1.6,
         False,
         _where(lambda case: case.name == decode.SMALL_PART, decode.FOUR_EXPERTS, decode.ONE_EXPERT),
     ),
-    Bar(
+    Target(
         "The strategy's call at V = 152,000, over a step of a strong model of 1B parameters",
         "solve",
         0.02,
         False,
         _where(lambda case: True, solve.OURS, solve.STEP),
     ),
-    Bar(
+    Target(
         "The strategy's exact call, over the grid's, everywhere",
         "solve",
         1 / 3,
         False,
         _where(lambda case: True, solve.OURS, solve.GRID),
     ),
-    Bar(
+    Target(
         "Weights of base and four LoRA experts in the fused model's memory, over base + adapters",
         "memory",
         1.10,
@@ -143,5 +143,7 @@ BARS = (
             "weights_mib",
         ),
     ),
-    Bar("Peak memory, over the sum of the members with their caches, everywhere", "memory", 1.10, False, _any_memory),
+    Target(
+        "Peak memory, over the sum of the members with their caches, everywhere", "memory", 1.10, False, _any_memory
+    ),
 )

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from bench.inflation import SILENCED, count_parameters, inflate_, least_parameters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting, MemberMismatch
-from trimtab.zoo import inflate_, load_items, resolve
-from trimtab.zoo.inflation import SILENCED, count_parameters, least_parameters
+from trimtab.zoo import load_items, resolve
 
 
 def zoo_model(name, dtype=torch.float32):

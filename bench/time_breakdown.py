@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bench import bars, decode
+from bench import decode, targets
 from bench.harness import Case, Record, cases_of
 
 HEADS = ("strong", "small", "other", "tokens a strong reading", "ms a reading alone", "ms a reading with drafts")
@@ -50,10 +50,10 @@ def costs(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     documents   bench -> what it found
     """
     cases = cases_of(documents["decode"]) if "decode" in documents else []
-    found = [case.facts[RATIO] for case in cases if bars.is_promised(case) and RATIO in case.facts]
+    found = [case.facts[RATIO] for case in cases if targets.is_promised(case) and RATIO in case.facts]
     if found:
         yield (
-            f"The targets of speed are for a strong model whose step costs {bars.PROMISED_RATIO} times a small "
+            f"The targets of speed are for a strong model whose step costs {targets.PROMISED_RATIO} times a small "
             f"member's. Measured, it costs {min(found):.0f} to {max(found):.0f} times as much."
         )
         yield ""

@@ -15,7 +15,7 @@ from typing import Any
 from bench import decode
 from bench.decode import BESIDE, Point, Work, fused_arm
 from bench.harness import Arm, Case, Findings, Options, Progress, interleave
-from bench.members import Spec, Stock, Trio
+from bench.members import MemberFactory, MemberSet, Spec
 from trimtab.logits.forward.grouping import OnePass
 from trimtab.logits.speculation.draft import CHEAPEST, FUSED, MIXTURE, RECENT
 from trimtab.zoo import TUNED_TASKS
@@ -45,10 +45,10 @@ def points(is_quick: bool) -> list[Point]:
 def measure(options: Options, progress: Progress) -> Findings:
     """All points whose name holds `options.only`."""
     chosen = [decode.as_asked(point, options) for point in points(options.is_quick) if options.only in point.name]
-    stock, cases = Stock(), []
+    factory, cases = MemberFactory(), []
     for point in chosen:
         progress(f"{point.name}: making members")
-        cases.append(case_of(point, stock, progress))
+        cases.append(case_of(point, factory, progress))
     settings = {"points": [repr(point) for point in chosen]}
     return Findings("Who drafts, of several experts", settings, cases, list(NOTES))
 
@@ -59,26 +59,26 @@ NOTES = [
 ]
 
 
-def case_of(point: Point, stock: Stock, progress: Progress) -> Case:
+def case_of(point: Point, factory: MemberFactory, progress: Progress) -> Case:
     """All rules of one point."""
-    trios = {how: _trio(point, stock, how) for how in (False, True, "auto")}
+    member_sets = {how: _member_set(point, factory, how) for how in (False, True, "auto")}
     arms = {
-        f"{rule}, {manner}": _arm(point, trios[how], rule)
+        f"{rule}, {manner}": _arm(point, member_sets[how], rule)
         for manner, how in ((ONE_BY_ONE, False), (ONE_FORWARD, True))
         for rule in RULES
     }
-    arms[CHEAPEST] = _arm(point, trios["auto"], CHEAPEST)
+    arms[CHEAPEST] = _arm(point, member_sets["auto"], CHEAPEST)
     runs = interleave(arms, point.repeats, lambda text: progress(f"{point.name}: {text}"))
-    about: tuple[Any, ...] = (point.settings, trios["auto"].facts, runs)
+    about: tuple[Any, ...] = (point.settings, member_sets["auto"].facts, runs)
     return Case(point.name, "tokens_per_second", "tokens/s", True, REFERENCE, BESIDE, *about)
 
 
-def _trio(point: Point, stock: Stock, one_pass: OnePass) -> Trio:
+def _member_set(point: Point, factory: MemberFactory, one_pass: OnePass) -> MemberSet:
     """Members of their own, so that what is learnt of costs in one manner is not lost in the other."""
-    trio = stock.trio(point.spec)
-    trio.fused.one_pass = one_pass
-    return trio
+    member_set = factory.make(point.spec)
+    member_set.fused.one_pass = one_pass
+    return member_set
 
 
-def _arm(point: Point, trio: Trio, rule: str) -> Arm:
-    return fused_arm(trio, Work(point, trio), speculate="auto", speculate_draft=rule)
+def _arm(point: Point, member_set: MemberSet, rule: str) -> Arm:
+    return fused_arm(member_set, Work(point, member_set), speculate="auto", speculate_draft=rule)
