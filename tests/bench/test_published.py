@@ -24,7 +24,7 @@ def loaded():
 def test_published_loops_write_what_ours_writes(loaded, name, count, batch):
     strong, base, *experts = loaded
     tokenizer = members.load_tokenizer()
-    strategy = {"amount": name, "chooser": "sum" if name == "static" else "paper"}
+    strategy = {"amount": name, "chooser": "sum" if name == "static" else "joint_objective"}
     named = dict(zip(TASKS[:count], experts[:count], strict=True))
     fused = FusedCausalLM.from_members(strong, base, named, strategy, tokenizer)
     inputs = members.encode(tokenizer, members.prompts_of(TASKS[:count], batch))

@@ -38,7 +38,7 @@ def make_trace(has_alpha: bool = True, prompt: str = EVIL) -> dict:
     return {
         "prompt": prompt,
         "text": "".join(tokens),
-        "strategy": {"amount": "dynamic", "chooser": "paper", "settings": {"alpha_max": 2.0}},
+        "strategy": {"amount": "dynamic", "chooser": "joint_objective", "settings": {"alpha_max": 2.0}},
         "expert_names": ["facts", "sums"],
         "steps": steps,
     }

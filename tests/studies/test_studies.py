@@ -53,8 +53,11 @@ def run(args, tools):
 
 def test_a_study_of_another_package_runs_by_its_name(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "counting_study.py").write_text(STUDY)
+    about = tmp_path / "counting-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[trimtab.studies]\ncounting = counting_study\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(STUDIES, "counting", "counting_study")
     assert main(["study", "counting", "--up-to", "2"]) == 0
     shown = capsys.readouterr().out
     assert "Squares" in shown

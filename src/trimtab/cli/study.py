@@ -4,7 +4,7 @@ import argparse
 
 from trimtab.cli import output
 from trimtab.core.errors import TrimtabError
-from trimtab.studies import STUDIES, Tools, find_study
+from trimtab.studies import Tools, find_study, known_studies
 
 EXAMPLE = "trimtab study task_arithmetic --items 10 --seeds 0 --pairs far"
 
@@ -12,7 +12,7 @@ EXAMPLE = "trimtab study task_arithmetic --items 10 --seeds 0 --pairs far"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand per study, with the study's own options."""
     names = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
-    for name in STUDIES:
+    for name in known_studies():
         study = find_study(name)
         promise = (study.__doc__ or "").strip()
         description = f"{promise}\n\nexample:\n  {study.EXAMPLE}"

@@ -1,17 +1,23 @@
 """Studies: what was measured, as data. One folder per experiment; the machinery lies in `measure`.
 
 A study is a module with a docstring (its first line is the promise), EXAMPLE (a line that runs), `add_arguments` and
-`run(args, tools) -> Outcome`; it imports nothing heavy before it runs. `trimtab study NAME` finds it in STUDIES.
+`run(args, tools) -> Outcome`; it imports nothing heavy before it runs. `trimtab study NAME` finds it in STUDIES, or in
+another package that names it as an entry point:
+
+    [project.entry-points."trimtab.studies"]
+    mine = "my_package.my_study"
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from trimtab.core.errors import unknown_name
 
+GROUP = "trimtab.studies"
 STUDIES: dict[str, str] = {
     "dlf": "trimtab.studies.dlf.study",
     "regime": "trimtab.studies.regime.study",
@@ -60,8 +66,14 @@ class Study(Protocol):
     def run(self, args: Any, tools: Tools) -> Outcome: ...
 
 
+def known_studies() -> dict[str, str]:
+    """Name -> module, those of other packages last."""
+    return STUDIES | {point.name: point.value for point in entry_points(group=GROUP)}
+
+
 def find_study(name: str) -> Study:
     """The module of a study; raises UnknownName with the nearest spelling."""
-    if name not in STUDIES:
-        raise unknown_name("study", name, STUDIES)
-    return cast(Study, import_module(STUDIES[name]))
+    known = known_studies()
+    if name not in known:
+        raise unknown_name("study", name, known)
+    return cast(Study, import_module(known[name]))

@@ -20,7 +20,7 @@ class Fused:
     """A strategy by name: what `make_strategy` is called with."""
 
     amount: str
-    chooser: str = "paper"
+    chooser: str = "joint_objective"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
