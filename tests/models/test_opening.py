@@ -22,6 +22,7 @@ import tiny
 from fusing import new_tokens
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting, MemberMismatch, MissingPackage, UnknownName, UnreadableModel
+from trimtab.logits.writing import write_fused
 from trimtab.models import opening, quantization
 
 V = tiny.VOCAB
@@ -181,6 +182,43 @@ def test_a_method_is_read_from_any_form_of_a_quantization_config():
     assert quantization.method_of(None) is None
     assert quantization.is_per_member({"strong": {"quant_method": "awq"}})
     assert not quantization.is_per_member({"quant_method": "awq"})
+
+
+def test_a_checkpoint_in_8_bit_floats_is_a_member(members_dir, tmp_path):
+    model = tiny.make(seed=0, width=64)
+    model.save_pretrained(tmp_path / "strong")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "strong")
+    weights = load_file(tmp_path / "strong" / "model.safetensors")
+    for name in [name for name in weights if "proj" in name]:
+        scale = weights[name].abs().max() / 448
+        packed = (weights[name] / scale).to(torch.float8_e4m3fn)
+        weights |= {name: packed, f"{name}_scale_inv": scale.reshape(1, 1)}
+        model.get_parameter(name).data = packed.float() * scale
+    save_file(weights, tmp_path / "strong" / "model.safetensors", {"format": "pt"})
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    changed_config(tmp_path / "strong", quantization_config=fp8)
+    members = tmp_path / "strong", members_dir / "base", {"math": members_dir / "math"}
+    fused = FusedCausalLM.from_members(*members, strategy=ALPHA0)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model(ids).logits.detach().log_softmax(-1)
+    torch.testing.assert_close(fused(ids).logits.log_softmax(-1), expected, atol=1e-5, rtol=1e-4)
+    fused.save_pretrained(tmp_path / "fused")
+    write_fused(tmp_path / "written", *members, strategy=ALPHA0)
+    assert (tmp_path / "fused" / "config.json").read_bytes() == (tmp_path / "written" / "config.json").read_bytes()
+    assert torch.equal(FusedCausalLM.from_pretrained(tmp_path / "written")(ids).logits, fused(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_model_that_torch_quantized_in_memory_is_read_and_not_saved(members_dir, tmp_path):
+    strong = AutoModelForCausalLM.from_pretrained(members_dir / "strong")
+    packed = torch.ao.quantization.quantize_dynamic(strong, {torch.nn.Linear}, dtype=torch.qint8)
+    members = members_dir / "base", {"math": members_dir / "math"}
+    fused = FusedCausalLM.from_members(packed, *members, strategy=ALPHA0, tokenizer=tiny.make_tokenizer())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = packed(ids).logits.detach().log_softmax(-1)
+    torch.testing.assert_close(fused(ids).logits.log_softmax(-1), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(MemberMismatch, match=r"(?s)'strong' was quantized in memory, .*quantization_config="):
+        fused.save_pretrained(tmp_path / "fused")
 
 
 # ---- GGUF

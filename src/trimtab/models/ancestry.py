@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.divergence import kl_nats
-from trimtab.models import checkpoint, references
+from trimtab.models import checkpoint, quantization, references
 
 UNRELATED_COSINE = 0.5  # tuning keeps weights above it; models of other seeds lie near 0
 SAMPLED = 65_536  # weights looked at per matrix in memory
@@ -76,7 +76,7 @@ def comparable(experts: Mapping[str, tuple[int, ...]], bases: Mapping[str, tuple
 
 def is_plain(model: nn.Module) -> bool:
     """Whether a model's weights are ordinary numbers in memory: not packed by quantization, nor left on disk."""
-    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules()):
+    if quantization.has_packed_layers(model):
         return False
     return all(p.dtype in FLOATS and p.device.type != "meta" and type(p.data) is Tensor for p in model.parameters())
 

@@ -103,6 +103,7 @@ class Member:
         """Rows of the output layer, padding included."""
         head = self.model.get_output_embeddings()
         weight = getattr(head, "weight", None)
+        weight = weight() if callable(weight) else weight  # quantized layers of torch.ao have a method
         return int(weight.shape[0]) if weight is not None else int(self.model.config.get_text_config().vocab_size)
 
     @property
@@ -327,9 +328,10 @@ def saved_reference(member: Member) -> tuple[Reference, Path]:
     if member.reference is not None and member.directory is not None:
         return member.reference, member.directory
     named = getattr(member.model, "name_or_path", "") or ""
-    if getattr(member.model, "hf_quantizer", None) is not None and not _is_stored_quantized(named):
+    is_loaded_packed = getattr(member.model, "hf_quantizer", None) is not None and not _is_stored_quantized(named)
+    if is_loaded_packed or quantization.has_packed_layers(member.model):
         raise MemberMismatch(
-            f"member '{member.name}' was quantized while it was loaded{f' from {named}' if named else ''}.",
+            f"member '{member.name}' was quantized in memory{f', and comes from {named}' if named else ''}.",
             "A fused directory holds references to the members, and these files are not quantized.",
             f"pass the directory in place of the model, with quantization_config={{'{member.name}': ...}}, at building "
             "and at opening; or save the quantized model with save_pretrained and pass that directory.",
@@ -357,7 +359,8 @@ def _holds(directory: Path, model: nn.Module) -> bool:
     # Where adapters sit, peft has put the model's own layer one level down.
     ours = {re.sub(r"\.(base_layer|original_module)\b", "", key): value for key, value in model.state_dict().items()}
     # Some architectures have other names in files than in memory (Gemma 3: `language_model.model` in files).
-    ours = revert_weight_conversion(model, ours)
+    if getattr(model, "hf_quantizer", None) is None:  # packed weights have one name only
+        ours = revert_weight_conversion(model, ours)
     ours |= {f"language_model.{key}": value for key, value in ours.items()}  # a text class opened from a larger model
     seen = 0
     for file in checkpoint.weight_files(directory):

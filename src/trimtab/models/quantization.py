@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from trimtab.core.errors import MissingPackage
 
 # quant_method in config.json -> {module: its name for pip}, as transformers' `quantizers` ask for them.
@@ -37,6 +39,11 @@ def method_of(config: Any) -> str | None:
         return "bitsandbytes"
     method = content.get("quant_method")
     return None if method is None else str(getattr(method, "value", method))
+
+
+def has_packed_layers(model: nn.Module) -> bool:
+    """Whether torch.ao has put quantized layers into a model (`quantize_dynamic`); their weights are no parameters."""
+    return any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules())
 
 
 def is_per_member(given: Any) -> bool:

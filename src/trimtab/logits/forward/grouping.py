@@ -19,6 +19,7 @@ from trimtab.logits.forward.linears import ForwardHooks
 from trimtab.logits.forward.mixed_adapters import AdapterRows
 from trimtab.logits.forward.stacking import Stack
 from trimtab.models.adapters import switch_on
+from trimtab.models.ancestry import is_plain
 from trimtab.models.loading import Member
 
 OnePass = bool | str  # True, False, "auto"
@@ -137,6 +138,8 @@ def _why_not_any(models: Sequence[Any]) -> str:
     model = models[0]
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model is spread over several devices"
+    if not all(is_plain(model) for model in models):
+        return "its weights are packed by quantization"
     if found := ForwardHooks(models).finding:
         return f"it has {found}"
     if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
