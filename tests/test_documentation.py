@@ -171,13 +171,13 @@ def test_the_reference_names_what_exists(page: Path) -> None:
 def test_the_example_of_contributing_is_an_amount() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    names: dict[str, Any] = {"__name__": "sure"}
+    names: dict[str, Any] = {"__name__": "gradual"}
     exec(compile(next(block for block in blocks if "Amount" in block), "CONTRIBUTING.md", "exec"), names)
     generator = torch.Generator().manual_seed(0)
     strong, base, *experts = torch.randn(4, 3, 7, generator=generator).log_softmax(dim=-1)
-    fuse = Strategy(names["Sure"](strength=0.0), find(CHOOSERS, "confident")())
+    fuse = Strategy(names["Gradual"](strength=0.0), find(CHOOSERS, "confident")())
     torch.testing.assert_close(fuse(strong, base, torch.stack(experts)).log_probs, strong)
-    fused = Strategy(names["Sure"](), find(CHOOSERS, "confident")())(strong, base, torch.stack(experts))
+    fused = Strategy(names["Gradual"](), find(CHOOSERS, "confident")())(strong, base, torch.stack(experts))
     assert not torch.allclose(fused.log_probs, strong)
 
 
