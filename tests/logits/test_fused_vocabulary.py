@@ -1,66 +1,27 @@
 """Members with different tokens: the fused distribution is what the formula says, in every way of reading."""
 
-import copy
-
 import pytest
 import torch
 
-import tiny
 from fusing import check_same_tokens
+from other_tokens import MAP, R0, R1, SOFT, UNKNOWN, V, make_models, save_members
 from trimtab import FusedCausalLM
 from trimtab.core.errors import BadSetting, TrimtabWarning
 from trimtab.serving.batch_fusion import fuse_rows
 
-V = tiny.VOCAB
-R0, R1, SOFT = V, V + 1, V + 2  # the strong model's special tokens
-UNKNOWN = 3
-MAP = {"swapped": {"<im_start>": "<r0>", "<im_end>": "<r1>"}}
-ROWS = {"strong": V + 8, "base": V + 2, "swapped": V + 2, "padded": V + 4}
-EXTRA = {
-    "strong": ["<r0>", "<r1>", "<soft>"],
-    "base": ["<r0>", "<r1>"],  # lacks the soft token
-    "swapped": ["<im_end>", "<im_start>"],  # renamed, and in another order
-    "padded": ["<r0>", "<r1>", "<soft>", "[PAD]"],  # knows one token more
-}
 STATIC = {"amount": "static", "chooser": "sum", "settings": {"alpha": 0.7}}
 DYNAMIC = {"amount": "dynamic", "chooser": "only", "settings": {"expert": "swapped"}}
 TEXT = [9, R0, 20, SOFT, R1, 31, 12, R0, 40]
 
 
-def make_tokenizer(name):
-    tokenizer = tiny.make_tokenizer()
-    for token in EXTRA[name]:
-        tokenizer.add_tokens([token], special_tokens=True)
-    return tokenizer
-
-
-def resized(model, rows, seed):
-    """The model with other numbers of rows; new ones are random and likely."""
-    changed = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        changed.resize_token_embeddings(rows, mean_resizing=False)
-        with torch.no_grad():
-            for weight in (changed.lm_head.weight, changed.get_input_embeddings().weight):
-                weight[V:] = torch.randn(rows - V, weight.shape[1]) * weight.std()
-    return changed
-
-
 @pytest.fixture(scope="module")
 def models():
-    base = resized(tiny.make(seed=1), ROWS["base"], 1)
-    found = {"strong": tiny.make(seed=0, width=48, layers=3), "base": base}
-    found |= {"swapped": tiny.tuned(base, 10), "padded": tiny.tuned(base, 11)}
-    return {name: resized(model, ROWS[name], 2) if name != "base" else model for name, model in found.items()}
+    return make_models()
 
 
 @pytest.fixture(scope="module")
 def folder(models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokens")
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-        make_tokenizer(name).save_pretrained(folder / name)
-    return folder
+    return save_members(tmp_path_factory.mktemp("tokens"), models)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from on_disk import save_adapter, save_models
+from other_tokens import MAP, V, make_models, save_members, save_resized_adapter
 from trimtab import FusedCausalLM
 from trimtab.core.errors import (
     BadSetting,
@@ -396,3 +397,29 @@ def test_values_of_requests_are_written_once_per_drafted_token(kind):
     output = torch.full((3,), 9, dtype=kind)
     expand(output, torch.tensor([3, 0], dtype=kind), torch.tensor([1, 3]), 0, 1, MAX_NUM_TOKENS=4)
     assert output.tolist() == [3, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.filterwarnings("ignore:vocabulary")
+def test_a_plan_keeps_what_members_read_and_score(tmp_path):
+    save_members(tmp_path, make_models())
+    save_resized_adapter(tmp_path)
+    experts = {name: tmp_path / name for name in ("swapped", "padded", "chatml")} | {"again": tmp_path / "swapped"}
+    token_map = MAP | {"again": {"<im_start>": "<r1>", "<im_end>": "<r0>"}}
+    fused = FusedCausalLM.from_members(tmp_path / "strong", tmp_path / "base", experts, token_map=token_map)
+    fused.save_pretrained(tmp_path / "fused")
+    plan = plan_of(tmp_path)
+    assert plan.vocab_size == V + 3
+    assert [body.member for body in plan.bodies] == ["strong", "base", "swapped", "padded", "chatml", "again"]
+    assert [body.rows for body in plan.bodies] == [None, None, None, None, V + 4, None]
+    assert [plan.vocabulary.rows_needed(body.member) for body in plan.bodies] == [V + 3, *[V + 2] * 5]
+    ids = torch.tensor([5, V, V + 1, V + 2])
+    for body in plan.bodies:
+        assert torch.equal(plan.vocabulary.read(body.member, ids), fused.vocabulary.read(body.member, ids))
+    with merged("chatml", tmp_path / "base", tmp_path / "chatml") as directory:
+        whole = load_model("chatml", directory)
+    own = torch.tensor([[5, V, 9, V + 1]])
+    torch.testing.assert_close(
+        whole(own).logits[..., : V + 2].detach(),
+        fused.reader.read_alone(fused.members.experts["chatml"], own)[..., : V + 2],
+    )

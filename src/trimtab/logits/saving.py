@@ -48,7 +48,9 @@ def settle(
     warns          TrimtabWarning, one line, where a token is cut or has delta 0
     """
     words = words or TokenWords()
-    known = {member.name: MemberTokens(member.rows, member.embedded, member.tokenizer) for member in members}
+    known = {
+        member.name: MemberTokens(member.rows, member.embedded, member.tokenizer, member.resized) for member in members
+    }
     vocabulary = fuse_vocabularies(known, tokenizer, words)
     if tokenizer is None:
         tokenizer = next((member.tokenizer for member in members if member.tokenizer is not None), None)

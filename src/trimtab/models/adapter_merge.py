@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from trimtab.core.errors import MemberMismatch, UnreadableModel
 from trimtab.models import adapters
+from trimtab.models.adapter_vocabulary import adapter_vocabulary
 from trimtab.models.opening import load_model
 
 
@@ -41,6 +43,7 @@ def _merge(name: str, directory: Path, adapter: Path, target: Path) -> None:
             warnings.simplefilter("ignore")  # what peft says about merging concerns training
             # In float32: a sum rounded to a narrow type would lose most of a small delta. The engine rounds it once.
             plain = load_model(name, directory, torch.float32)
+            _resize(name, plain, adapter)
             whole = peft.PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise MemberMismatch(
@@ -61,6 +64,14 @@ def _check(name: str, directory: Path, adapter: Path) -> None:
 
     adapters.read_config(name, adapter)  # refuses what is no adapter of weights
     model = load_model(name, directory, torch.bfloat16)  # what fits is a matter of names and shapes
+    _resize(name, model, adapter)
     adapters.AdapterSwitch(model).attach(name, adapter)
     del model
     gc.collect()  # peft's layers and the model hold one another
+
+
+def _resize(name: str, model: Any, adapter: Path) -> None:
+    """Gives the base as many rows as an adapter that adds tokens brings."""
+    rows = adapter_vocabulary(name, adapter, model).rows
+    if rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)

@@ -80,6 +80,7 @@ class Member:
     doubt      of an expert that is an adapter: why the base may not be the model that it was trained on; empty when
                that was checked
     tokenizer_beside   of an adapter: the tokenizer in its directory, which says nothing about the ids of its base
+    resized    of an adapter: rows of its own embeddings, where their number is not that of its base
     vocabulary         of the fused model, once it is known: it says what the member reads for each id
     """
 
@@ -91,6 +92,7 @@ class Member:
     tokenizer: Any = None
     doubt: str = ""
     tokenizer_beside: Any = None
+    resized: int | None = None
     vocabulary: FusedVocabulary | None = None
 
     @property
@@ -157,17 +159,18 @@ class MemberLoader:
             return Member(name, self._load(name, reference, directory), None, reference, directory, tokenizer)
         under, doubt = self._under(name, directory, base)
         tokens = adapter_vocabulary(name, directory, under.model)
+        resized = tokens.rows if tokens.rows != under.embedded else None
         if tokens.is_separate:
             under = replace(under, model=self._resized(name, directory, under, tokens.rows))
         own = tokenizer if tokens.is_changed and tokenizer is not None else under.tokenizer
         if self._is_outline:
             adapter_fit.check_fit(name, directory, under.model)
-            return Member(name, under.model, name, reference, directory, own, doubt, tokenizer)
+            return Member(name, under.model, name, reference, directory, own, doubt, tokenizer, resized)
         switch = self.switches.setdefault(id(under.model), adapters.switch_for(under.model))
         key = ("adapter", directory, id(under.model))
         if key not in self._models:
             self._models[key] = switch.attach(name, directory)
-        return Member(name, under.model, self._models[key], reference, directory, own, doubt, tokenizer)
+        return Member(name, under.model, self._models[key], reference, directory, own, doubt, tokenizer, resized)
 
     def _given(self, name: str, model: Any, base: Member | None) -> Member:
         """A member from a loaded model; a peft model stands for its active adapter on its base."""

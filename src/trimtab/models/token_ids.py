@@ -3,6 +3,7 @@
 Both engines apply this rule. `vocabulary` makes it from the tokenizers, and `config.json` keeps it.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,18 +23,21 @@ class MemberIds:
     scores     {fused id: the row of its logits that stands for it}
     embedded   rows of its embeddings: it cannot read an id from here on; None: no limit is known
     stand_in   what it reads instead
+    resized    rows of the embeddings that the member's adapter brings; None: it has those of its base
     """
 
     reads: Mapping[int, int] = field(default_factory=dict)
     scores: Mapping[int, int] = field(default_factory=dict)
     embedded: int | None = None
     stand_in: int = 0
+    resized: int | None = None
 
     def below(self, size: int) -> "MemberIds":
         """The same for fused ids below a size."""
         reads, scores = ({i: own for i, own in table.items() if i < size} for table in (self.reads, self.scores))
         is_short = self.embedded is not None and self.embedded < size
-        return MemberIds(reads, scores, self.embedded if is_short else None, self.stand_in if is_short else 0)
+        embedded, stand_in = (self.embedded, self.stand_in) if is_short else (None, 0)
+        return MemberIds(reads, scores, embedded, stand_in, self.resized)
 
     @property
     def is_plain(self) -> bool:
@@ -44,13 +48,14 @@ class MemberIds:
         """For `config.json`."""
         reads, scores = ([list(pair) for pair in sorted(table.items())] for table in (self.reads, self.scores))
         parts = {"reads": reads, "scores": scores, "embedded": self.embedded, "stand_in": self.stand_in}
+        parts |= {"resized": self.resized}
         return {name: part for name, part in parts.items() if part}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "MemberIds":
         """From what `to_dict` gave."""
-        tables = {name: {int(i): int(own) for i, own in content.get(name, ())} for name in ("reads", "scores")}
-        return cls(**tables, embedded=content.get("embedded"), stand_in=int(content.get("stand_in", 0)))
+        reads, scores = ({int(i): int(own) for i, own in content.get(name, ())} for name in ("reads", "scores"))
+        return cls(reads, scores, content.get("embedded"), int(content.get("stand_in", 0)), content.get("resized"))
 
 
 PLAIN = MemberIds()
@@ -82,6 +87,17 @@ class FusedVocabulary:
         """Whether a member reads and scores fused ids as they are, all of them."""
         return self.ids_of(member).is_plain
 
+    def key(self, member: str) -> str:
+        """Members of one model with equal keys read and score the same."""
+        return json.dumps(self.ids_of(member).to_dict())
+
+    def rows_needed(self, member: str) -> int:
+        """How many rows a member's output layer must have for all ids in which it has a say."""
+        hidden = self.cut if member == "strong" else self.cut | self.strong_only
+        scores = self.ids_of(member).scores
+        last = next((i for i in range(self.size - 1, -1, -1) if i not in hidden and i not in scores), -1)
+        return max(last, *scores.values(), -1) + 1
+
     def fused_id(self, member: str, own: int) -> int | None:
         """The fused id that a member's own id stands for; None: for none."""
         scores = self.ids_of(member).scores
@@ -89,11 +105,14 @@ class FusedVocabulary:
         return found if found is not None and 0 <= found < self.size and found not in self.cut else None
 
     def read(self, member: str, input_ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-        """The ids that a member reads for fused ones, of any shape."""
+        """The ids that a member reads for fused ones, of any shape; ids from `size` on are read as the last one.
+
+        `readable` refuses those where a prompt comes in. An engine that cannot refuse must not read out of range.
+        """
         ids = self.ids_of(member)
         if ids.embedded is None and not ids.reads:
             return input_ids
-        return self._table(member, input_ids.device)[input_ids]
+        return self._table(member, input_ids.device)[input_ids.clamp_max(self.size - 1)]
 
     def align(self, member: str, logits: Float[Tensor, "*rows own"]) -> Float[Tensor, "*rows vocab"]:
         """A member's logits for the fused ids; -inf where an id is cut, or the member has no say.
@@ -178,7 +197,7 @@ class FusedVocabulary:
 
     def to_dict(self) -> dict[str, Any] | None:
         """For `config.json`; None where every member has the fused ids, all of them."""
-        members = {name: ids.to_dict() for name, ids in self.members.items() if not ids.is_plain}
+        members = {name: ids.to_dict() for name, ids in self.members.items() if ids != PLAIN}
         parts = {"cut": _ranges(self.cut), "strong_only": _ranges(self.strong_only), "members": members}
         return {name: part for name, part in parts.items() if part} or None
 

@@ -77,11 +77,13 @@ class MemberTokens:
     rows        of its output layer, padding included
     embedded    rows of its input embeddings
     tokenizer   what its ids mean; None: unknown, so they are taken to mean what they mean in the fused tokenizer
+    resized     rows of the embeddings that the member's adapter brings; None: it has those of its base
     """
 
     rows: int
     embedded: int
     tokenizer: Any = None
+    resized: int | None = None
 
 
 def fuse_vocabularies(
@@ -183,6 +185,7 @@ def _compare(
             scores={i: own for i, own in sources.items() if i != own},
             embedded=member.embedded,
             stand_in=stand_in,
+            resized=member.resized,
         ),
         frozenset(lacking),
         {i: theirs[i] for i in differing if i not in tokens and i not in taken},

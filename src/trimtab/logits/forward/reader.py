@@ -1,6 +1,5 @@
 """Runs the members on the same tokens: one forward per group, each on its own device, prompts and cache."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,8 +74,7 @@ class Reader:
             member.vocabulary = vocabulary
         runs: dict[Any, Member] = {}
         # Members of one model whose ids stand for other tokens read other ids.
-        ids = {name: json.dumps(vocabulary.ids_of(name).to_dict()) for name in (member.name for member in members)}
-        keys = [(id(m.model), m.adapter, forms.get(m.name, PromptForm()), ids[m.name]) for m in members]
+        keys = [(id(m.model), m.adapter, forms.get(m.name, PromptForm()), vocabulary.key(m.name)) for m in members]
         for key, member in zip(keys, members, strict=True):
             runs.setdefault(key, member)
         self.runs = list(runs.values())

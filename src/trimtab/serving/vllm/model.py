@@ -47,7 +47,10 @@ class FusedForVllm(nn.Module):
         self.widths: list[int] = []
         for body in self.plan.bodies:
             config = get_config(str(body.directory), trust_remote_code=False)
-            check_body(body, config, self.plan.vocab_size, vllm_config.parallel_config.tensor_parallel_size)
+            if body.rows is not None:
+                config.get_text_config(decoder=True).vocab_size = body.rows
+            rows = self.plan.vocabulary.rows_needed(body.member)
+            check_body(body, config, rows, vllm_config.parallel_config.tensor_parallel_size)
             name = maybe_prefix(prefix, body.key)
             own = _config_of(body, name, config, vllm_config)
             # Compiled code is kept by tag: under one tag, bodies of one architecture would take each other's.
@@ -83,7 +86,14 @@ class FusedForVllm(nn.Module):
             raise BadSetting(
                 "a prompt came as embeddings.", "Members differ in width, so they read tokens.", "send token ids."
             )
-        return torch.cat([body(input_ids, positions) for body in self.bodies], dim=-1)
+        vocabulary = self.plan.vocabulary
+        return torch.cat(
+            [
+                model(vocabulary.read(body.member, input_ids), positions)
+                for body, model in zip(self.plan.bodies, self.bodies, strict=True)
+            ],
+            dim=-1,
+        )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Fused logits [row, vocab], float32; None on processes that get no logits.
@@ -99,6 +109,8 @@ class FusedForVllm(nn.Module):
         if any(scores is None for scores in logits):
             return None
         plan = self.plan
+        aligned = zip(plan.bodies, logits, strict=True)
+        logits = [plan.vocabulary.align(body.member, scores) for body, scores in aligned]
         if plan.drafter is not None:
             return draft_rows(logits, plan.body_of, plan.drafter, plan.vocab_size)
         if self.steering is not None:

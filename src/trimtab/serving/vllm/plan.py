@@ -17,6 +17,7 @@ from trimtab.logits.speculation.draft import Drafter, canonical_rule, check_rule
 from trimtab.logits.strategy.fusion import Strategy, strategy_from_dict
 from trimtab.models import checkpoint, references
 from trimtab.models.loading import adapter_base
+from trimtab.models.token_ids import FusedVocabulary
 
 DRAFTER = "drafter"  # in config.json: who drafts, a member or a rule; fused directories have no such entry
 
@@ -29,12 +30,14 @@ class Body:
     member      the first member that it serves, for messages
     directory   configuration and weights
     adapter     the PEFT adapter to be merged into these weights; None: they are taken as they are
+    rows        of the embeddings that the adapter brings; None: as many as the configuration says
     """
 
     key: str
     member: str
     directory: Path
     adapter: Path | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ServingPlan:
 
     bodies      each distinct model once, the strong one first
     body_of     for strong, base and each expert: its place in `bodies`; for a drafter: for each of its members
-    vocab_size  tokens that are fused; padding rows beyond them are cut
+    vocabulary  which ids are fused, and what members read and score for them
     drafter     set where the directory is that of a drafter (see `drafting`): it answers with its own law, not the
                 fused one, and only its members are run
     """
@@ -51,8 +54,13 @@ class ServingPlan:
     bodies: tuple[Body, ...]
     body_of: tuple[int, ...]
     strategy: Strategy
-    vocab_size: int
+    vocabulary: FusedVocabulary
     drafter: Drafter | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the fused logits; padding rows beyond them are cut."""
+        return self.vocabulary.size
 
 
 def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
@@ -70,16 +78,19 @@ def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
     named = {"strong": strong, "base": base, **experts}
     places = {name: _locate(name, reference, directory) for name, reference in named.items()}
     under = {name: _without_adapter(name, places[name]) for name in ("strong", "base")}
-    bodies: dict[tuple[Path, Path | None], Body] = {}
+    vocabulary = FusedVocabulary.from_dict(config.vocab_size, config.vocabulary)
+    bodies: dict[tuple[Path, Path | None, str], Body] = {}
     body_of = []
     for name in named if drafter is None else drafter.members:
         place = places[name]
         # An expert's adapter sits on the base model, without the adapter that the base itself may be.
         weights, adapter = (under.get(name, under["base"]), place) if checkpoint.is_adapter(place) else (place, None)
         _refuse_quantized(name, weights)
-        bodies.setdefault((weights, adapter), Body(keys[name], name, weights, adapter))
-        body_of.append(list(bodies).index((weights, adapter)))
-    return ServingPlan(tuple(bodies.values()), tuple(body_of), strategy, config.vocab_size, drafter)
+        # A model whose ids stand for other tokens in another member is read twice.
+        key = (weights, adapter, vocabulary.key(name))
+        bodies.setdefault(key, Body(keys[name], name, weights, adapter, vocabulary.ids_of(name).resized))
+        body_of.append(list(bodies).index(key))
+    return ServingPlan(tuple(bodies.values()), tuple(body_of), strategy, vocabulary, drafter)
 
 
 def _drafter_of(config: FusedConfig, strategy: Strategy) -> Drafter | None:
@@ -130,7 +141,7 @@ def check_body(body: Body, config: Any, vocab_size: int, tensor_parallel: int) -
     """Refuses a member that cannot be run as asked, naming it.
 
     config            the member's configuration, as transformers reads it
-    vocab_size        tokens that are fused
+    vocab_size        rows that its output layer must have
     tensor_parallel   processes that share each member
     raises            VocabularyMismatch, BadSetting
     """
@@ -138,8 +149,8 @@ def check_body(body: Body, config: Any, vocab_size: int, tensor_parallel: int) -
     if text.vocab_size < vocab_size:
         raise VocabularyMismatch(
             f"member '{body.member}' scores {text.vocab_size} tokens, {vocab_size} are fused.",
-            "Every member must know every token.",
-            "fuse again with members that share one tokenizer.",
+            "The fused directory says that the member knows them.",
+            "fuse again.",
         )
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
