@@ -11,6 +11,7 @@ import tiny
 from on_disk import save_models
 from trimtab import FusedCausalLM
 from trimtab.core.errors import TrimtabWarning, UnreadableModel
+from trimtab.logits.writing import write_fused
 
 V = tiny.VOCAB
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -86,6 +87,9 @@ def test_an_adapter_with_more_tokens_is_read_with_its_own_embeddings(folder, tmp
     assert expert.rows == V + 2
     assert members.base.rows == V
     fused.save_pretrained(tmp_path / "fused")
+    with pytest.warns(TrimtabWarning, match="cut"):
+        write_fused(tmp_path / "written", folder / "strong", folder / base, {"a": folder / "chatml"})
+    assert (tmp_path / "written" / "config.json").read_text() == (tmp_path / "fused" / "config.json").read_text()
     opened = FusedCausalLM.from_pretrained(tmp_path / "fused")
     torch.testing.assert_close(opened(IDS).logits, fused(IDS).logits)
 

@@ -210,15 +210,16 @@ def test_special_tokens_has_one_value():
 def test_a_tokenizer_given_decides_which_tokens_are_fused(tmp_path):
     strong, base = tiny.make(seed=0, vocab=tiny.VOCAB + 4), tiny.make(seed=1)
     shared = with_tokens("<soft>")
-    paths = [save(tmp_path, name, model, shared) for name, model in (("strong", strong), ("base", base))]
+    models = {"strong": strong, "base": base, "math": tiny.tuned(base, 2)}
+    *paths, math = (save(tmp_path, name, model, shared) for name, model in models.items())
     with pytest.warns(TrimtabWarning, match="'<soft>' .84. cut"):
-        fused = FusedCausalLM.from_members(*paths, {"math": paths[1]}, tokenizer=tiny.make_tokenizer())
+        fused = FusedCausalLM.from_members(*paths, {"math": math}, tokenizer=tiny.make_tokenizer())
     assert fused.config.vocab_size == tiny.VOCAB
     renamed = with_tokens("<other>")
     with pytest.raises(VocabularyMismatch, match=r"or special_tokens='strong', or leave tokenizer= out"):
-        FusedCausalLM.from_members(*paths, {"math": paths[1]}, tokenizer=renamed)
+        FusedCausalLM.from_members(*paths, {"math": math}, tokenizer=renamed)
     with pytest.warns(TrimtabWarning, match="'<other>' .84. with delta 0"):
-        FusedCausalLM.from_members(*paths, {"math": paths[1]}, tokenizer=renamed, special_tokens="strong")
+        FusedCausalLM.from_members(*paths, {"math": math}, tokenizer=renamed, special_tokens="strong")
 
 
 def test_the_text_ends_where_a_members_own_end_stands_for_a_token():
