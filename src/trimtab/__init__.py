@@ -4,8 +4,9 @@ Public names are loaded on first use, so `import trimtab` is light; `from trimta
 transformers' Auto classes to open fused directories.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.core.lazy import lazily
 
 if TYPE_CHECKING:
     from trimtab.core.errors import InputError, TrimtabError
@@ -41,12 +42,4 @@ __all__ = [
     "make_strategy",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'trimtab' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _HOMES)
