@@ -162,6 +162,17 @@ def test_code_that_is_not_needed_is_not_run(members_dir, tmp_path):
     assert opening.load_model("strong", tmp_path / "strong").config.model_type == "llama"
 
 
+def test_members_without_any_tokenizer_say_where_one_belongs(tmp_path):
+    base = tiny.make(seed=1)
+    for name, model in {"strong": tiny.make(seed=0), "base": base, "math": tiny.tuned(base, 10)}.items():
+        model.save_pretrained(tmp_path / name)
+    members = tmp_path / "strong", tmp_path / "base", {"math": tmp_path / "math"}
+    with pytest.raises(BadSetting, match=r"(?s)no tokenizer.*copy tokenizer.json and tokenizer_config.json beside the"):
+        FusedCausalLM.from_members(*members).encode("Q: 12")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "strong")  # the fix
+    assert FusedCausalLM.from_members(*members).encode("Q: 12")["input_ids"].shape == (1, 5)
+
+
 # ---- quantization
 
 

@@ -7,6 +7,7 @@ import shutil
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 from trimtab import zoo
 from trimtab.core.errors import OfflineError, TrimtabError, UnreadableModel
@@ -126,6 +127,60 @@ def test_a_connection_that_breaks_while_downloading_is_no_traceback(monkeypatch)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(OfflineError, match="the hub cannot be asked: the peer closed the connection"):
         references.fetch(parse_reference("o/n"))
+
+
+HUB = {  # files of a repository -> which of them are fetched
+    "weights twice": {
+        **dict.fromkeys(("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "tekken.json"), True),
+        **dict.fromkeys(("model.safetensors.index.json", "chat_template.jinja", "generation_config.json"), True),
+        **dict.fromkeys(("consolidated.safetensors", "consolidated.00.pth", "params.json", "pytorch_model.bin"), False),
+        **dict.fromkeys(("original/model.safetensors", "original/config.json", "metal/model.bin"), False),
+        **dict.fromkeys(("model.fp16.safetensors", "model-00001-of-00002.fp16.safetensors"), False),
+        **dict.fromkeys(("onnx/model.onnx", "small-Q4_K_M.gguf", "modeling_x.py", "README.md"), False),
+    },
+    "adapter": {
+        **dict.fromkeys(("adapter_config.json", "adapter_model.safetensors"), True),
+        **dict.fromkeys(("checkpoint-8/adapter_model.safetensors", "optimizer.pt", "adapter_model.bin"), False),
+    },
+}
+
+
+@pytest.mark.parametrize("what", HUB)
+def test_of_a_repository_only_what_is_read_is_fetched(what):
+    fetched = filter_repo_objects(list(HUB[what]), allow_patterns=references.HUB_FILES)
+    assert set(fetched) == {name for name, is_read in HUB[what].items() if is_read}
+
+
+class Hub:
+    """The hub's side of a download: a repository's files, put into a snapshot as far as the patterns ask for them."""
+
+    def __init__(self, folder, files):
+        self.folder, self.files = folder, files
+
+    def __call__(self, repo, revision=None, allow_patterns=None):
+        snapshot = self.folder / repo / "abc123"
+        for name in filter_repo_objects(list(self.files), allow_patterns=allow_patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).write_bytes(self.files[name])
+        return str(snapshot)
+
+
+def test_shards_of_other_names_are_fetched_where_the_index_names_them(monkeypatch, tmp_path):
+    index = b'{"metadata": {}, "weight_map": {"a": "weights-a.safetensors"}}'
+    files = {"config.json": b"{}", "model.safetensors.index.json": index, "weights-a.safetensors": b"", "b.bin": b""}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path, files))
+    snapshot = references.fetch(parse_reference("o/n"))
+    assert {file.name for file in snapshot.iterdir()} == files.keys() - {"b.bin"}
+
+
+def test_a_gguf_file_is_fetched_when_it_is_asked_for_by_name(monkeypatch, tmp_path):
+    files = {"small-Q4.gguf": b"GGUF", "small-Q8.gguf": b"GGUF", "tokenizer.json": b"{}", "model.safetensors": b""}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path, files))
+    reference, file = locate(parse_reference("o/n/small-Q4.gguf"))
+    assert reference == Reference("o/n/small-Q4.gguf", revision="abc123")
+    assert {part.name for part in file.parent.iterdir()} == {"small-Q4.gguf", "tokenizer.json"}
+    with pytest.raises(UnreadableModel, match=r"'o/n' holds no file 'small-Q5.gguf'"):
+        locate(parse_reference("o/n/small-Q5.gguf"))
 
 
 @pytest.mark.parametrize("where", ["/no/such/place", "./nowhere", "a/b/c", "with space"])

@@ -40,7 +40,12 @@ class PromptEncoder:
         """
         rows = as_prompts(prompts)
         if self.tokenizer is None:
-            raise BadSetting("this fused model has no tokenizer.", fix="pass tokenizer=... to from_members.")
+            raise BadSetting(
+                "this fused model has no tokenizer.",
+                "None of its members has tokenizer files beside it.",
+                "copy tokenizer.json and tokenizer_config.json beside the strong model, or pass tokenizer=... to "
+                "from_members.",
+            )
         if isinstance(chat, ChatArguments):
             self._check_effect(rows, chat)
             chat = [chat] * len(rows)
