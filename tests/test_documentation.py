@@ -168,6 +168,18 @@ def test_the_reference_names_what_exists(page: Path) -> None:
             assert getattr(importlib.import_module(module), attribute).__doc__, name
 
 
+TOLD_IN_WORDS = {"AMOUNTS", "CHOOSERS", "REQUIRED", "__version__"}
+
+
+@pytest.mark.parametrize("package", ["trimtab", "trimtab.core", "trimtab.logits", "trimtab.models"])
+def test_the_reference_has_every_public_name(package: str) -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    named = set(re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE))
+    module = importlib.import_module(package)
+    for name in set(module.__all__) - TOLD_IN_WORDS:
+        assert {module._HOMES[name], f"{module._HOMES[name]}.{name}"} & named, f"{package}.{name}"
+
+
 def test_the_example_of_contributing_is_an_amount() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
