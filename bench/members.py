@@ -127,7 +127,7 @@ def size_for(wanted: float, seconds_of: Callable[[int], float], spec: Spec) -> i
 
     raises    BadSetting where even the smallest one takes longer
     """
-    least = least_parameters(_load("small", spec), SMALL_BLOCKS)
+    least = least_parameters(load_member("small", spec.dtype, spec.device), SMALL_BLOCKS)
     sizes = (least, max(4 * least, spec.strong_parameters // 20))
     low, high = (seconds_of(size) for size in sizes)
     if wanted < low:
@@ -150,7 +150,7 @@ def adapted_model(task: str, parameters: int, spec: Spec) -> Any:
     """A base of this size that carries one adapter, on its new blocks, too."""
     import peft
 
-    base = _load("small", spec)
+    base = load_member("small", spec.dtype, spec.device)
     with quiet_bars(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.PeftModel.from_pretrained(base, str(resolve(f"small/{task}-lora")))
@@ -172,7 +172,7 @@ def random_model(like: str, vocabulary: int, parameters: int, seed: int) -> Any:
 
 def strong_model(spec: Spec) -> Any:
     """The strong model of the zoo, inflated."""
-    return _inflated(_load("strong", spec), spec.strong_parameters, STRONG_BLOCKS)
+    return _inflated(load_member("strong", spec.dtype, spec.device), spec.strong_parameters, STRONG_BLOCKS)
 
 
 def load_tokenizer() -> Any:
@@ -183,19 +183,21 @@ def load_tokenizer() -> Any:
 def small_model(name: str, parameters: int, spec: Spec) -> Any:
     """A small member of the zoo, inflated; an adapter is merged into its base first."""
     if not name.endswith("-lora"):
-        return _inflated(_load(name, spec), parameters, SMALL_BLOCKS)
+        return _inflated(load_member(name, spec.dtype, spec.device), parameters, SMALL_BLOCKS)
     import peft
 
     with quiet_bars(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's remarks concern training
-        merged = peft.PeftModel.from_pretrained(_load("small", spec), str(resolve(name))).merge_and_unload()
+        base = load_member("small", spec.dtype, spec.device)
+        merged = peft.PeftModel.from_pretrained(base, str(resolve(name))).merge_and_unload()
     return _inflated(merged, parameters, SMALL_BLOCKS)
 
 
-def _load(name: str, spec: Spec) -> Any:
+def load_member(name: str, dtype: str, device: str = "cpu") -> Any:
+    """A model of the zoo as it is."""
     with quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, spec.dtype))
-    return model.to(spec.device).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _inflated(model: Any, parameters: int, blocks: int) -> Any:
@@ -211,7 +213,7 @@ def fuse(strong: Any, base: Any, experts: Mapping[str, Any], tokenizer: Any) -> 
 
 def fuse_adapters(strong: Any, size: int, spec: Spec, tokenizer: Any) -> FusedCausalLM:
     """Fused with a base that carries all adapters, also on its new blocks, as an adapted model of that size would."""
-    base = _load("small", spec)
+    base = load_member("small", spec.dtype, spec.device)
     with quiet_bars():
         fused = fuse(strong, base, {task: f"zoo:small/{task}-lora" for task in spec.experts}, tokenizer)
     _inflated(base, size, SMALL_BLOCKS)

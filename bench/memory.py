@@ -245,7 +245,7 @@ def _make(load: Load) -> Any:
 
 
 def _random(load: Load) -> Any:
-    """Members of random weights with a large vocabulary: what laws over it take."""
+    """Members of random weights with a large vocabulary: what distributions over it take."""
     small = [members.random_model("small", load.vocabulary, load.small, seed) for seed in range(_count_small(load))]
     if load.who not in (FUSED, STRONG):
         return small[0]

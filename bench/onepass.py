@@ -17,17 +17,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from bench import members
 from bench.harness import Arm, Case, Findings, Options, Progress, Record, interleave
 from bench.inflation import inflate_
 from trimtab import FusedCausalLM
-from trimtab.logits.forward import groups as lane_module
+from trimtab.logits.forward import groups as groups_module
 from trimtab.logits.forward.groups import ForwardGroup, ForwardInputs, OneModel
 from trimtab.models.loading import Member
 from trimtab.models.opening import quiet_bars
-from trimtab.zoo import TUNED_TASKS, resolve
+from trimtab.zoo import TUNED_TASKS
 
 SEPARATE, ONE_PASS = "separate", "one pass"
 SEPARATE_ONE, ONE_PASS_ONE = "separate, one expert", "one pass, one expert"
@@ -124,14 +123,14 @@ class Stepper:
     """Steps of some groups, one after the other."""
 
     def __init__(self, groups: list[ForwardGroup], batch: int) -> None:
-        self._lanes, self._batch, self._width = groups, batch, 0
-        self._views = [group.new_group_cache() for group in groups]
+        self._groups, self._batch, self._width = groups, batch, 0
+        self._caches = [group.new_group_cache() for group in groups]
         self._read(PAST)
 
     def __call__(self, repeat: int) -> Record:
         times = [self._read(1) for _ in range(STEPS)]
-        for view in self._views:
-            view.crop(-STEPS)
+        for cache in self._caches:
+            cache.crop(-STEPS)
         self._width -= STEPS
         return {FIGURE: statistics.median(times) * 1e3}
 
@@ -139,20 +138,18 @@ class Stepper:
         ids = torch.arange(2, 2 + tokens).repeat(self._batch, 1)
         positions = torch.arange(self._width, self._width + tokens).unsqueeze(0)
         self._width += tokens
-        feed = ForwardInputs(ids, None, positions, self._width)
+        inputs = ForwardInputs(ids, None, positions, self._width)
         started = time.perf_counter()
-        for group, view in zip(self._lanes, self._views, strict=True):
-            group.read([feed] * len(group.runs), view, 1)
+        for group, cache in zip(self._groups, self._caches, strict=True):
+            group.read([inputs] * len(group.runs), cache, 1)
         return time.perf_counter() - started
 
 
 def fused_model(point: Point, experts: int) -> FusedCausalLM:
     """The zoo's strong model with so many small experts of this size."""
     tasks, tokenizer = TUNED_TASKS[:experts], members.load_tokenizer()
-    strong, base = (
-        load("strong", 0, point.dtype),
-        load("small", 0 if point.kind == LORA else point.parameters, point.dtype),
-    )
+    strong = load("strong", 0, point.dtype)
+    base = load("small", 0 if point.kind == LORA else point.parameters, point.dtype)
     if point.kind == FULL:
         full = {task: load(f"small/{task}", point.parameters, point.dtype) for task in tasks}
         return FusedCausalLM.from_members(strong, base, full, tokenizer=tokenizer, one_pass=False)
@@ -167,9 +164,7 @@ def fused_model(point: Point, experts: int) -> FusedCausalLM:
 
 def load(name: str, parameters: int, dtype: str) -> Any:
     """A model of the zoo, of this size; 0: as it is."""
-    with quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=getattr(torch, dtype))
-    return grow(model.eval().requires_grad_(False), parameters)
+    return grow(members.load_member(name, dtype), parameters)
 
 
 def grow(model: Any, parameters: int) -> Any:
@@ -194,7 +189,7 @@ def product_case(tokens: int, parameters: int, repeats: int, progress: Progress)
     """Forwards of one float32 model that read so many tokens at once."""
     name = product_name(tokens, parameters)
     model = load("small", parameters, "float32")
-    with patch.object(lane_module, "quick_linears", lambda model: {}):
+    with patch.object(groups_module, "quick_linears", lambda model: {}):
         plain = ForwardGroup([0], [Member("base", model)], OneModel(Member("base", model)))
     quick = ForwardGroup([0], [Member("base", model)], OneModel(Member("base", model)))
     arms: dict[str, Arm] = {TORCH: ReadingArm(plain, tokens), QUICK: ReadingArm(quick, tokens)}
@@ -209,12 +204,12 @@ class ReadingArm:
 
     def __init__(self, group: ForwardGroup, tokens: int) -> None:
         ids = torch.arange(2, 2 + tokens).unsqueeze(0)
-        self._lane, self._feed = group, ForwardInputs(ids, None, torch.arange(tokens).unsqueeze(0), tokens)
+        self._group, self._inputs = group, ForwardInputs(ids, None, torch.arange(tokens).unsqueeze(0), tokens)
 
     def __call__(self, repeat: int) -> Record:
         times = []
         for _ in range(STEPS):
             started = time.perf_counter()
-            self._lane.read([self._feed])
+            self._group.read([self._inputs])
             times.append(time.perf_counter() - started)
         return {FIGURE: statistics.median(times) * 1e3}

@@ -1,6 +1,6 @@
 """What a strategy's call costs, beside the paper's grid, beside one log-softmax, and beside a strong model's step.
 
-    ours: dynamic, compiled     Strategy.__call__ of the amount `dynamic`: from log-probabilities to the fused law
+    ours: dynamic, compiled     Strategy.__call__ of the amount `dynamic`: from log-probs to the fused distribution
     ours: its search of alpha   the part of it that finds alpha, targets and families being known
     dynamic, plain torch        the same call where numba is missing
     grid                        Strategy.__call__ of the amount `grid`, the paper's Algorithm 1
@@ -49,7 +49,7 @@ RECORD_SECONDS = 0.03
 # The slow arms work on so many numbers at most; of a larger batch they get the first rows, and the time is multiplied.
 # That flatters them: a smaller working set stays in the processor's caches.
 SLOW_NUMBERS, SLOW_NUMBERS_QUICK = 1 << 22, 1 << 19
-DRAWN_NUMBERS = 1 << 23  # laws that differ from repeat to repeat, up to so many numbers in all
+DRAWN_NUMBERS = 1 << 23  # draws that differ from repeat to repeat, up to so many numbers in all
 
 ZOO_SIZE, ZOO_TASK = "small", "arithmetic"
 MemberLogProbs = tuple[Tensor, Tensor, Tensor]  # strong and base [batch, vocab], expert [1, batch, vocab]
@@ -59,14 +59,14 @@ MemberLogProbs = tuple[Tensor, Tensor, Tensor]  # strong and base [batch, vocab]
 class Point:
     """Where arms stand side by side."""
 
-    law: str
+    distribution: str
     vocab: int
     batch: int
 
     @property
     def name(self) -> str:
         """For example "peaked, V 152,000, batch 1"."""
-        return f"{self.law}, V {self.vocab:,}, batch {self.batch}"
+        return f"{self.distribution}, V {self.vocab:,}, batch {self.batch}"
 
 
 def points(is_quick: bool) -> list[Point]:
@@ -83,7 +83,7 @@ def points(is_quick: bool) -> list[Point]:
     batches = (1, 8, 64, 256)
     sizes = [(vocab, batch) for vocab in (1_000, 8_000, 32_000, 152_000, 260_000) for batch in batches]
     real = [Point(ZOO, zoo_vocab(), batch) for batch in batches]
-    return [*(Point(law, *size) for law in (PEAKED, FLAT) for size in sizes), *real]
+    return [*(Point(kind, *size) for kind in (PEAKED, FLAT) for size in sizes), *real]
 
 
 def measure(options: Options, progress: Progress) -> Findings:
@@ -108,14 +108,14 @@ def measure(options: Options, progress: Progress) -> Findings:
 def solve_case(point: Point, repeats: int, is_quick: bool, progress: Progress) -> Case:
     """All arms at one point; ratios to ours."""
     draws = max(1, min(repeats, DRAWN_NUMBERS // (point.batch * point.vocab)))
-    laws = [draw_log_probs(point, draw) for draw in range(draws)]
+    drawn = [draw_log_probs(point, draw) for draw in range(draws)]
     rows = max(1, min(point.batch, (SLOW_NUMBERS_QUICK if is_quick else SLOW_NUMBERS) // point.vocab))
-    arms = arms_of(laws, rows)
-    entropy = torch.cat([entropy_nats(law[0].double()) for law in laws])
+    arms = arms_of(drawn, rows)
+    entropy = torch.cat([entropy_nats(log_probs[0].double()) for log_probs in drawn])
     facts = {"entropy_nats": round(float(entropy.median()), 2)}
     if rows < point.batch:
         facts["rows_of_slow_arms"] = rows
-    settings = {"law": point.law, "vocab": point.vocab, "batch": point.batch}
+    settings = {"distribution": point.distribution, "vocab": point.vocab, "batch": point.batch}
     runs = interleave(arms, repeats, lambda text: progress(f"{point.name}: {text}"))
     case = Case(
         point.name,
@@ -138,14 +138,14 @@ def reference() -> str:
     return OURS if compiled.is_available() else PLAIN
 
 
-def arms_of(laws: list[MemberLogProbs], rows: int) -> dict[str, Arm]:
-    """The arms over laws that take turns; the slow ones on the first `rows` rows, scaled to the batch."""
+def arms_of(drawn: list[MemberLogProbs], rows: int) -> dict[str, Arm]:
+    """The arms over draws that take turns; the slow ones on the first `rows` rows, scaled to the batch."""
     dynamic, grid = (make_strategy(name, alpha_max=ALPHA_MAX) for name in ("dynamic", "grid"))
-    batch = laws[0][0].shape[0]
-    logits = [law[0] + 1.0 for law in laws]
+    batch = drawn[0][0].shape[0]
+    logits = [log_probs[0] + 1.0 for log_probs in drawn]
 
     def fuse(strategy: Strategy, repeat: int, rows: int) -> Record:
-        strong, base, experts = laws[repeat % len(laws)]
+        strong, base, experts = drawn[repeat % len(drawn)]
         strong, base, experts = strong[:rows], base[:rows], experts[:, :rows]
         return timed(lambda: strategy(strong, base, experts), scale=batch / rows)
 
@@ -154,16 +154,16 @@ def arms_of(laws: list[MemberLogProbs], rows: int) -> dict[str, Arm]:
             return fuse(dynamic, repeat, rows)
 
     def search(repeat: int) -> Record:
-        pull = measure_deltas(*laws[repeat % len(laws)])
-        targets = pull.forward[0], pull.reverse[0]
-        return timed(lambda: match_divergences(pull.family, *targets, ALPHA_MAX))
+        deltas = measure_deltas(*drawn[repeat % len(drawn)])
+        targets = deltas.forward[0], deltas.reverse[0]
+        return timed(lambda: match_divergences(deltas.family, *targets, ALPHA_MAX))
 
     arms: dict[str, Arm] = {}
     if compiled.is_available():
         arms = {OURS: lambda repeat: fuse(dynamic, repeat, batch), SEARCH: search}
     arms[PLAIN] = fuse_plainly
     arms[GRID] = lambda repeat: fuse(grid, repeat, rows)
-    arms[SOFTMAX] = lambda repeat: timed(lambda: logits[repeat % len(laws)].log_softmax(dim=-1))
+    arms[SOFTMAX] = lambda repeat: timed(lambda: logits[repeat % len(drawn)].log_softmax(dim=-1))
     return arms
 
 
@@ -182,21 +182,21 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-# ---- laws
+# ---- distributions
 
 
 def draw_log_probs(point: Point, draw: int) -> MemberLogProbs:
     """Members' log-probabilities, float32; different ones for each draw."""
-    if point.law == ZOO:
+    if point.distribution == ZOO:
         rows = torch.arange(point.batch) + draw * point.batch
-        strong, base, expert = (law[rows % len(law)] for law in zoo_laws())
+        strong, base, expert = (log_probs[rows % len(log_probs)] for log_probs in zoo_log_probs())
         return strong, base, expert.unsqueeze(0)
     generator = torch.Generator().manual_seed(draw)
 
     def normal() -> Tensor:
         return torch.randn(point.batch, point.vocab, generator=generator)
 
-    if point.law == FLAT:
+    if point.distribution == FLAT:
         strong, base = normal(), normal()
         expert = base + 0.5 * normal()
     else:
@@ -208,12 +208,12 @@ def draw_log_probs(point: Point, draw: int) -> MemberLogProbs:
 
 def zoo_vocab() -> int:
     """How many tokens the embedded models have."""
-    return int(zoo_laws()[0].shape[-1])
+    return int(zoo_log_probs()[0].shape[-1])
 
 
 @cache
 @torch.no_grad()
-def zoo_laws(texts: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+def zoo_log_probs(texts: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     """Strong, base and expert at every position of some validation texts, float32 [row, vocab]; rows shuffled."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -242,29 +242,29 @@ def step_case(name: str, dtype: torch.dtype, repeats: int, draws: int, progress:
     """A decoding step of a model of the size, and the strategy's call that follows it, caches left as the step does."""
     progress(f"{name}: making the model")
     step, parameters = billion_step(dtype)
-    laws = [draw_log_probs(Point(PEAKED, STEP_VOCAB, 1), draw) for draw in range(draws)]
+    drawn = [draw_log_probs(Point(PEAKED, STEP_VOCAB, 1), draw) for draw in range(draws)]
     dynamic = make_strategy("dynamic", alpha_max=ALPHA_MAX)
 
     def after_a_step(seconds: Callable[[MemberLogProbs], float]) -> Record:
         found = []
-        for law in laws:
+        for log_probs in drawn:
             step()
-            found.append(seconds(law))
+            found.append(seconds(log_probs))
         return median_of(found)
 
-    def search(law: MemberLogProbs) -> float:
-        pull = measure_deltas(*law)
-        return seconds_of(lambda: match_divergences(pull.family, pull.forward[0], pull.reverse[0], ALPHA_MAX))
+    def search(log_probs: MemberLogProbs) -> float:
+        deltas = measure_deltas(*log_probs)
+        return seconds_of(lambda: match_divergences(deltas.family, deltas.forward[0], deltas.reverse[0], ALPHA_MAX))
 
     arms: dict[str, Arm] = {
-        STEP: lambda repeat: median_of(seconds_of(step) for _ in laws),
-        OURS: lambda repeat: after_a_step(lambda law: seconds_of(lambda: dynamic(*law))),
+        STEP: lambda repeat: median_of(seconds_of(step) for _ in drawn),
+        OURS: lambda repeat: after_a_step(lambda log_probs: seconds_of(lambda: dynamic(*log_probs))),
         SEARCH: lambda repeat: after_a_step(search),
-        SOFTMAX: lambda repeat: after_a_step(lambda law: seconds_of(lambda: law[0].log_softmax(dim=-1))),
+        SOFTMAX: lambda repeat: after_a_step(lambda log_probs: seconds_of(lambda: log_probs[0].log_softmax(dim=-1))),
     }
     if not compiled.is_available():
         arms[PLAIN] = arms.pop(OURS)
-    settings = {"vocab": STEP_VOCAB, "batch": 1, "cached_tokens": CACHED_TOKENS, "law": PEAKED}
+    settings = {"vocab": STEP_VOCAB, "batch": 1, "cached_tokens": CACHED_TOKENS, "distribution": PEAKED}
     runs = interleave(arms, repeats, lambda text: progress(f"{name}: {text}"))
     return Case(
         name,

@@ -8,7 +8,7 @@ from bench import onepass
 
 
 @pytest.mark.parametrize("kind", [LORA, FULL])
-def test_arms_are_lanes_apart_and_joint(kind):
+def test_arms_are_groups_apart_and_joint(kind):
     case = onepass.step_case(Point(kind, 2, 0, 3), repeats=2, progress=lambda text: None)
     assert set(case.runs) == {SEPARATE, ONE_PASS, SEPARATE_ONE, ONE_PASS_ONE}
     assert all(record[onepass.FIGURE] > 0 for records in case.runs.values() for record in records)
@@ -24,7 +24,7 @@ def test_a_stepper_steps_after_the_same_past():
     stepper = onepass.Stepper(groups, 2)
     for repeat in range(2):
         stepper(repeat)
-        assert [view.get_seq_length() for view in stepper._views] == [onepass.PAST] * 2
+        assert [cache.get_seq_length() for cache in stepper._caches] == [onepass.PAST] * 2
 
 
 def test_members_are_as_large_as_asked():

@@ -54,7 +54,7 @@ merged into one small expert, which steers the strong model.
 
 def add_arguments(parser: Any) -> None:
     """How much to measure, where to write."""
-    add_draws(parser, 200, "0,1", None, "also write a page (.md), its data and pictures")
+    add_draws(parser, 100, "0", None, "also write a page (.md), its data and pictures")
 
 
 def merge(base: Any, experts: Sequence[Any], scale: float, seed: int | None = None) -> Any:
