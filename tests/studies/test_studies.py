@@ -127,6 +127,20 @@ def test_the_control_has_the_norm_of_the_task_vector_and_another_direction(small
         assert torch.nn.functional.cosine_similarity(noise.flatten(), vector.flatten(), dim=0) < 0.9
 
 
+def test_findings_follow_from_the_paired_tests() -> None:
+    rows = [
+        {"first": "dlf_merged", "second": name, "tasks": "average", "difference": lead, "p_value": p}
+        for name, lead, p in (("strong", 9.5, 0.001), ("dlf_experts", -5.9, 0.01), ("static_merged", 1.0, 0.2))
+    ]
+    told = comparing.findings({"paired": rows, "average": {"dlf_merged": 55.1}}, LOOKS)
+    assert told == [
+        "DLF, merged expert scores 55.1 on average.",
+        "It beats strong model, untuned (+9.5).",
+        "It loses to DLF, all experts (-5.9).",
+        "No difference is shown to static alpha 1, merged expert (+1.0).",
+    ]
+
+
 def test_a_page_holds_every_condition_with_interval_and_test(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     points = {name: {task: 100 * torch.rand(8, generator=generator) for task in zoo.TASKS} for name in LOOKS}

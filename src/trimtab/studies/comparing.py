@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.core.files import write_whole
 from trimtab.measure.comparison import Description
 from trimtab.measure.stamps import versions
+from trimtab.measure.statistics import SIGNIFICANT
 from trimtab.measure.tables import Grid, Looks, markdown, paired_grid, score_grid
 from trimtab.studies import Outcome, Tools
 
@@ -19,12 +20,30 @@ def grids_of(found: Found, looks: Looks) -> list[Grid]:
     return [score_grid(f"The {pair} pair", own, looks, list(own["num_items"])) for pair, own in found.items()]
 
 
+def findings(own: Description, looks: Looks) -> list[str]:
+    """What the first condition beats and loses to on average over the tasks, and where no difference is shown."""
+    rows = [row for row in own["paired"] if row["tasks"] == "average"]
+    first = looks[rows[0]["first"]].label
+    found = [f"{first} scores {own['average'][rows[0]['first']]:.1f} on average."]
+    for verb, sign in (("It beats", 1), ("It loses to", -1), ("No difference is shown to", 0)):
+        rivals = [f"{looks[r['second']].label} ({r['difference']:+.1f})" for r in rows if verdict(r) == sign]
+        if rivals:
+            found.append(f"{verb} {'; '.join(rivals)}.")
+    return found
+
+
+def verdict(row: Mapping[str, Any]) -> int:
+    """1 or -1 if a paired difference is significant, else 0."""
+    return 0 if row["p_value"] >= SIGNIFICANT else 1 if row["difference"] > 0 else -1
+
+
 def page_text(found: Found, looks: Looks, head: str, stem: str) -> str:
     """The page; `stem` is the name of its file, without the suffix."""
     lines = [head.rstrip("\n"), ""]
     for grid, (pair, own) in zip(grids_of(found, looks), found.items(), strict=True):
         counts = ", ".join(f"{task} {count}" for task, count in own["num_items"].items())
-        lines += [f"## {grid.title}", "", f"{own['notes']} Items: {counts}.", ""]
+        lines += [f"## {grid.title}", "", *(f"- {sentence}" for sentence in findings(own, looks)), ""]
+        lines += [f"{own['notes']} Items: {counts}.", ""]
         lines += [f"![{grid.title}]({stem}-{pair}.png)", "", markdown(grid), ""]
         rows = [row for row in own["paired"] if row["tasks"] == "average"]
         first = looks[rows[0]["first"]].label
