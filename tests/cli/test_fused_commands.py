@@ -127,6 +127,11 @@ def test_a_directorys_chooser_is_dropped_where_no_expert_is_used(run, inline, tm
     assert "chooser 'sum' has nothing to choose" in ran.err
 
 
+def test_members_can_be_spread_over_devices(run, inline) -> None:
+    words = ["generate", *inline, PROMPT, "--max-new-tokens", "4", "--json"]
+    assert run(*words, "--device", "auto").json()["result"] == run(*words).json()["result"]
+
+
 def test_nothing_is_overwritten_without_force(run, inline, fused_dir, tmp_path: Path) -> None:
     ran = run("fuse", *inline, "-o", fused_dir)
     assert ran.code == 2

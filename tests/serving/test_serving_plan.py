@@ -18,6 +18,7 @@ from trimtab.core.errors import (
     BadSetting,
     MemberMismatch,
     TrimtabError,
+    TrimtabWarning,
     UnknownName,
     UnreadableModel,
     VocabularyMismatch,
@@ -87,10 +88,17 @@ def test_a_plan_names_every_body_once_and_every_member(folder):
 
 
 def test_members_that_are_the_same_model_are_one_body(folder):
-    save(folder, {"math": "math", "again": "math", "nothing": "base"}, "shared")
+    with pytest.warns(TrimtabWarning, match="expert 'nothing' adds nothing: it is the base itself"):
+        save(folder, {"math": "math", "again": "math", "nothing": "base"}, "shared")
     plan = plan_of(folder, "shared")
     assert [body.key for body in plan.bodies] == ["strong", "base", "expert_0"]
     assert plan.body_of == (0, 1, 2, 2, 1)
+
+
+def test_a_gguf_member_is_refused(folder):
+    (folder / "small.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnreadableModel, match=r"(?s)member 'strong' is a GGUF file.*transformers engine"):
+        plan_of(folder, strong={"where": str(folder / "small.gguf")})
 
 
 def test_body_names_hold_no_number_of_their_own(folder):
@@ -194,7 +202,8 @@ def test_a_model_without_adapter_is_not_copied(folder):
 @pytest.mark.parametrize("amount", ["dynamic", "static"])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_rows_are_fused_as_the_transformers_engine_fuses_them(folder, amount, rows, monkeypatch):
-    fused = save(folder, {"math": "math", "nothing": "base"}, f"rows-{amount}-{rows}", strategy=amount)
+    with pytest.warns(TrimtabWarning, match="expert 'nothing' adds nothing"):
+        fused = save(folder, {"math": "math", "nothing": "base"}, f"rows-{amount}-{rows}", strategy=amount)
     ids = torch.arange(4, 4 + rows).unsqueeze(0)
     wanted = fused(ids).logits[0]
     bodies = (fused.members.strong, fused.members.base, fused.members.experts["math"])

@@ -72,7 +72,9 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", nargs="?", help="a fused directory; or give --strong, --base, --expert")
     add_members(parser)
     group = parser.add_argument_group("placement")
-    group.add_argument("--device", metavar="DEVICE", help="where all members run, such as cuda or cuda:1; else the CPU")
+    group.add_argument(
+        "--device", metavar="DEVICE", help="where all members run: cuda, cuda:1, auto (spread); else the CPU"
+    )
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="number type of all members; else as stored"
     )
@@ -221,10 +223,14 @@ def placement_of(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of device and number type, as far as they were given; raises InputError for no such device."""
     import torch
 
+    from trimtab.models.opening import is_spread
+
     found: dict[str, Any] = {}
     if args.dtype:
         found["dtype"] = getattr(torch, args.dtype)
-    if args.device:
+    if args.device and is_spread(args.device):
+        found["device"] = args.device
+    elif args.device:
         try:
             torch.empty(0, device=args.device)
         except (RuntimeError, AssertionError) as error:

@@ -106,6 +106,12 @@ def _locate(name: str, reference: references.Reference, directory: Path) -> Path
     found, place = references.locate(reference, beside=directory)
     checkpoint.check_directory(place)
     references.check_digest(name, found, place)
+    if place.is_file():
+        raise UnreadableModel(
+            f"member '{name}' is a GGUF file ('{place}').",
+            "vLLM's engine reads members from directories of safetensors.",
+            "take the member's safetensors, or use the transformers engine.",
+        )
     return place
 
 
