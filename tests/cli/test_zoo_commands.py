@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trimtab import FusedCausalLM, zoo
-from trimtab.cli.eval import evaluate
+from trimtab.cli.eval import Prompting, evaluate, generation_arguments
 from trimtab.logits.speculation.length import Costs
 from trimtab.measure import evaluate as measuring
 from trimtab.measure.scores import ANSWER_METRICS
@@ -98,7 +98,7 @@ def fused():
 
 @pytest.mark.parametrize("task", zoo.TASKS)
 def test_the_harness_and_our_own_loop_agree_item_by_item(fused, task: str, tmp_path: Path) -> None:
-    found = evaluate(fused, [task], tmp_path, limit=NUM_ITEMS, seed=1, batch_size=4)[0][task]
+    found = evaluate(fused, [task], tmp_path, limit=NUM_ITEMS, seed=1, batch_size=4, asked=Prompting())[0][task]
     items = zoo.load_items(task, "test", limit=NUM_ITEMS, seed=1)
     kind = zoo.TASKS[task]
     if kind.kind == "generate":
@@ -188,6 +188,68 @@ def test_sampled_answers_of_the_harness_repeat_with_its_seed(fused, monkeypatch)
         found.append(answers_of(model, ["\n"], do_sample=True, temperature=1.0, max_gen_toks=24))
     assert found[0] == found[1] == found[2] != found[3]
     assert all(report.is_on for report in model.speculation)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_the_harness_renders_conversations_as_hflm_does(fused, begun: bool) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from trimtab.logits.lm_eval import TrimtabLM
+
+    talk = [{"role": role, "content": f"{role} {n}"} for n, role in enumerate(("user", "assistant", "user"))]
+    talk += [{"role": "assistant", "content": "The answer is"}] if begun else []
+    models = (TrimtabLM(fused, batch_size=4), HFLM(pretrained=fused, tokenizer=fused.tokenizer))
+    ours, theirs = (model.apply_chat_template(talk, add_generation_prompt=not begun) for model in models)
+    assert ours == theirs
+    assert ours.endswith("The answer is") == begun
+
+
+def test_eval_asks_as_lm_eval_does_with_these_options(run) -> None:
+    members = ["--strong", "zoo:strong", "--base", "zoo:small", "--expert", "facts=zoo:small/facts"]
+    words = ["eval", *members, "--tasks", "facts", "--limit", "6", "--json"]
+    ran = run(*words, "--num-fewshot", "3", "--apply-chat-template", "--system-instruction", "Be brief.")
+    assert (ran.code, "in the chat template, with a system instruction, after 3 examples" in ran.err) == (0, True)
+    assert ran.json()["result"]["facts"]["num_fewshot"] == 3
+    settings = ran.json()["settings"]
+    assert (settings["apply_chat_template"], settings["fewshot_as_multiturn"]) == (True, True)
+    ran = run(*words, "--gen-kwargs", "do_sample=true,temperature=90")
+    assert ran.json()["result"]["facts"]["metrics"]["exact_match"]["score"] == 0, "no answer comes by chance"
+    assert ran.json()["settings"]["gen_kwargs"] == {"do_sample": True, "temperature": 90}
+
+
+def test_a_batch_size_is_found(fused, capsys) -> None:
+    from trimtab.logits.lm_eval import TrimtabLM
+
+    requests = [type("Request", (), {"args": ("Q: Who?\nA:", answer)})() for answer in (" Ada", " Ben")]
+    found, wanted = (
+        TrimtabLM(fused, batch_size=size, max_batch_size=8).loglikelihood(requests, disable_tqdm=True)
+        for size in ("auto", 2)
+    )
+    assert "Determined largest batch size: 8" in capsys.readouterr().out
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fewshot-as-multiturn"], "--fewshot-as-multiturn was given without a chat template"),
+        (["--template-arg", "x=1"], "--template-arg was given without a chat template"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--num-fewshot", "-1"], "less than 0"),
+        (["--gen-kwargs", "{no"], "--gen-kwargs {no cannot be read"),
+        (["--gen-kwargs", "temprature=1"], "generate refuses the arguments"),
+        (["--apply-chat-template", "tool_use"], "no chat template 'tool_use'"),
+    ],
+)
+def test_eval_refuses_what_cannot_be(run, words, message) -> None:
+    members = ["--strong", "zoo:strong", "--base", "zoo:small", "--expert", "facts=zoo:small/facts"]
+    ran = run("eval", *members, "--tasks", "facts", "--limit", "1", *words)
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+
+
+def test_generation_arguments_are_read_as_lm_eval_reads_them() -> None:
+    read = generation_arguments(["temperature=0.5,do_sample=true", '{"until": ["a, b"]}'])
+    assert read == {"temperature": 0.5, "do_sample": True, "until": ["a, b"]}
 
 
 def test_eval_names_the_nearest_task(run) -> None:

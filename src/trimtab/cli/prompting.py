@@ -45,8 +45,18 @@ def add_conversation(parser: argparse.ArgumentParser, is_always: bool = False) -
 
 def template_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `encode`: what --tools, --template-arg and --continue-final-message say."""
+    found = variables_of(args.template_arg)
+    if args.tools is not None:
+        found["tools"] = _tools(args.tools)
+    if getattr(args, "continue_final_message", False):
+        found["continue_final_message"] = True
+    return found
+
+
+def variables_of(texts: list[str]) -> dict[str, Any]:
+    """What --template-arg says; values are JSON where they can be read as such, else texts."""
     found: dict[str, Any] = {}
-    for text in args.template_arg:
+    for text in texts:
         name, value = options.named(text, "--template-arg")
         if not name.isidentifier():
             raise InputError(f"--template-arg {text} cannot be read.", "Expected: NAME=VALUE.", "correct the name.")
@@ -54,10 +64,6 @@ def template_arguments(args: argparse.Namespace) -> dict[str, Any]:
             found[name] = json.loads(value)
         except ValueError:
             found[name] = value
-    if args.tools is not None:
-        found["tools"] = _tools(args.tools)
-    if getattr(args, "continue_final_message", False):
-        found["continue_final_message"] = True
     return found
 
 

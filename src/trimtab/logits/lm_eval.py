@@ -13,7 +13,16 @@ from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from trimtab.core.errors import BadSetting, TrimtabError
 from trimtab.logits.speculation.report import SpeculationReport
+from trimtab.models.chat_templates import template_of
+from trimtab.models.conversations import (
+    ChatArguments,
+    checked_messages,
+    chosen_template,
+    render_conversation,
+    warn_of_unread,
+)
 
 
 class RowWiseStop(MultiTokenEOSCriteria):  # type: ignore[misc]
@@ -40,11 +49,20 @@ class TrimtabLM(HFLM):  # type: ignore[misc]
     speculation   what it did in each batch of generated answers so far
     """
 
-    def __init__(self, pretrained: Any, strategy: str | None = None, batch_size: int | str = 64, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pretrained: Any,
+        strategy: str | None = None,
+        batch_size: int | str = 64,
+        template_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
-        pretrained  a fused directory, or a loaded FusedCausalLM
-        strategy    another amount than the one that the directory names, with its default settings
-        kwargs      dtype and device for opening; others go to HFLM
+        pretrained      a fused directory, or a loaded FusedCausalLM
+        strategy        another amount than the one that the directory names, with its default settings
+        batch_size      prompts at once, or "auto" ("auto:N" tries again N times) for as many as fit
+        template_name   of several chat templates the one that conversations go through
+        kwargs          dtype and device for opening; others go to HFLM (chat_template_args, enable_thinking ...)
         """
         from trimtab.logits.model import FusedCausalLM
 
@@ -54,24 +72,61 @@ class TrimtabLM(HFLM):  # type: ignore[misc]
         if strategy is not None:
             pretrained.strategy = strategy
         self.speculation: list[SpeculationReport] = []
+        self._template_name = template_name
         super().__init__(pretrained=pretrained, tokenizer=pretrained.tokenizer, batch_size=batch_size, **kwargs)
+        templates = template_of(self.tokenizer)
+        texts = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
+        warn_of_unread(ChatArguments(values=self.chat_template_args), texts)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text; False: its last message is continued.
+
+        raises    BadSetting where the template refuses it: HFLM would drop the system message and go on
+
+        HFLM looks a named template up and then uses the default one; here the name counts.
+        """
+        chat = ChatArguments(
+            continue_final_message=not add_generation_prompt,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self._template_name,
+            values=self.chat_template_args,
+        )
+        template = chosen_template(template_of(self.tokenizer), chat)
+        if template is None:
+            raise BadSetting(
+                "the tokenizer has no chat template, nor has any member.",
+                "--apply-chat-template puts items into it.",
+                "leave it out, or give a template: --chat-template FILE.",
+            )
+        return render_conversation(self.tokenizer, checked_messages(chat_history), template, chat)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """[row, time]: prompts and answers, which the harness cuts. It has settled do_sample and temperature before."""
         if not generation_kwargs.get("do_sample"):
             generation_kwargs.pop("temperature", None)
+        elif "temperature" in generation_kwargs:  # lm_eval reads "1" as an int, which transformers refuses
+            generation_kwargs["temperature"] = float(generation_kwargs["temperature"])
         width = context.shape[1]
         stops = StoppingCriteriaList(RowWiseStop(text, self.tokenizer, width, len(context)) for text in stop)
         mixed = self.mixed_precision_dtype
         with torch.autocast(self.device.type, mixed, enabled=mixed is not None):
-            output: Tensor = self.model.generate(
-                input_ids=context,
-                max_length=max_length,
-                stopping_criteria=stops,
-                pad_token_id=self.tokenizer.pad_token_id,
-                use_cache=True,
-                repeatable=True,  # the harness sets torch's seed
-                **generation_kwargs,
-            )
+            try:
+                output: Tensor = self.model.generate(
+                    input_ids=context,
+                    max_length=max_length,
+                    stopping_criteria=stops,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    use_cache=True,
+                    repeatable=True,  # the harness sets torch's seed
+                    **generation_kwargs,
+                )
+            except (ValueError, TypeError) as error:
+                if isinstance(error, TrimtabError):
+                    raise
+                raise BadSetting(
+                    f"generate refuses the arguments: {error}",
+                    f"They are {generation_kwargs}.",
+                    "correct --gen-kwargs, or the task's generation_kwargs.",
+                ) from error
         self.speculation.append(self.model.last_speculation)
         return output

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.core.errors import BadSetting, TrimtabWarning
+from trimtab.core.errors import BadSetting, MemberMismatch, TrimtabWarning
 from trimtab.models.chat_templates import Template, named_template
 
 Message = Mapping[str, Any]  # {"role", "content"}; content is a text, text parts, or None beside tool calls
@@ -122,7 +122,13 @@ def chosen_template(templates: Template | None, arguments: ChatArguments, fallba
     if asked is not None and not (isinstance(templates, dict) and asked in templates):
         if "{" in asked:
             return asked
-        return named_template("the tokenizer", templates if isinstance(templates, dict) else {}, asked)
+        if not isinstance(templates, dict):
+            raise MemberMismatch(
+                f"the tokenizer has no chat template '{asked}'.",
+                "It has one without a name." if templates else "It has none.",
+                "leave the name out, or pass Jinja.",
+            )
+        return named_template("the tokenizer", templates, asked)
     if asked is None and isinstance(templates, dict) and arguments.values.get("tools") and TOOL_USE in templates:
         asked = TOOL_USE
     return named_template("the tokenizer", templates, asked)
