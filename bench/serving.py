@@ -396,7 +396,7 @@ def plot(findings: Findings, file: Path) -> None:
     if len(cases) < 2:
         harness.plot(findings, file)
         return
-    made, axes = plots.figure(1, len(PANELS), (15, 4.2), grid_axis="")
+    made, axes = plots.figure(1, len(PANELS), (15.0, 4.2), grid_axis="")
     for panel, (name, unit, is_log) in zip(axes.flat, PANELS, strict=True):
         _lines(panel, cases, name)
         if is_log:
