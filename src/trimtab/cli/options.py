@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli import methods
-from trimtab.core.errors import InputError, unknown_name
+from trimtab.core.errors import InputError
 from trimtab.core.registry import canonical, find
 from trimtab.core.settings import parse, settings_of
 from trimtab.logits.registry import AMOUNTS, CHOOSERS, DEFAULT_AMOUNT, DEFAULT_CHOOSER
+from trimtab.studies.options import positive as positive
 
 AUTO = "auto"
 
@@ -302,14 +303,6 @@ def chosen_pair(args: argparse.Namespace, present: Mapping[str, Any]) -> tuple[s
 # --- values of options -----------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
 def not_negative(text: str) -> float:
     """A number of at least 0."""
     value = float(text)
@@ -324,16 +317,3 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} does not lie in (0, 1]")
     return value
-
-
-def names_of(text: str | None, known: Mapping[str, Any], kind: str) -> list[str]:
-    """A comma-separated list of known names; all of them by default."""
-    if text is None:
-        return list(known)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise unknown_name(kind, name, known)
-    if not names:
-        raise InputError(f"no {kind} was named.", f"Known: {', '.join(known)}.", f"name at least one {kind}.")
-    return list(dict.fromkeys(names))
