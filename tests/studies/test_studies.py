@@ -1,6 +1,7 @@
 """The table of studies: each runs by its name, a new one costs one file, the second one stays small."""
 
 import copy
+import json
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -139,6 +140,13 @@ def test_findings_follow_from_the_paired_tests() -> None:
         "It loses to DLF, all experts (-5.9).",
         "No difference is shown to static alpha 1, merged expert (+1.0).",
     ]
+
+
+def test_the_page_in_the_repository_is_that_of_its_data() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    found = json.loads((docs / "task-arithmetic.json").read_text(encoding="utf-8"))
+    expected = comparing.page_text(found, LOOKS, HEAD, "task-arithmetic")
+    assert (docs / "task-arithmetic.md").read_text(encoding="utf-8") == expected
 
 
 def test_a_page_holds_every_condition_with_interval_and_test(tmp_path: Path) -> None:
