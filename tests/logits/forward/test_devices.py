@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusing import PROMPTS, fuse, new_tokens
-from trimtab.logits.forward.devices import devices_of, lanes, run_lanes
+from trimtab.logits.forward.devices import devices_of, queues, run_queues
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,13 @@ from trimtab.logits.forward.devices import devices_of, lanes, run_lanes
         (["0", "1", "0 1", "3"], [[0, 1, 2], [3]]),  # one that is spread joins both
     ],
 )
-def test_a_lane_holds_the_groups_that_share_a_device(devices, expected):
-    assert lanes([frozenset(used.split()) for used in devices]) == expected
+def test_a_queue_holds_the_groups_that_share_a_device(devices, expected):
+    assert queues([frozenset(used.split()) for used in devices]) == expected
 
 
-def test_members_on_one_device_are_one_lane(fused):
+def test_members_on_one_device_are_one_queue(fused):
     assert {used for group in fused.reader.groups for used in devices_of(group)} == {"cpu"}
-    assert fused.reader.lanes == [list(range(len(fused.reader.groups)))]
+    assert fused.reader.queues == [list(range(len(fused.reader.groups)))]
 
 
 def test_a_spread_member_uses_all_its_devices():
@@ -33,47 +33,47 @@ def test_a_spread_member_uses_all_its_devices():
     assert devices_of(model.reader.groups[0]) == {"cuda:0", "cuda:1", "cpu"}
 
 
-def test_lanes_are_read_at_the_same_time_in_threads_of_their_own():
-    meeting = threading.Barrier(3, timeout=20)  # each lane waits for the others: read in turn, they would never meet
+def test_queues_are_read_at_the_same_time_in_threads_of_their_own():
+    meeting = threading.Barrier(3, timeout=20)  # each queue waits for the others: read in turn, they would never meet
 
     def read(index):
         meeting.wait()
         return index, threading.get_ident()
 
-    found = run_lanes([[0], [1], [2]], read)
+    found = run_queues([[0], [1], [2]], read)
     assert {index: part[0] for index, part in found.items()} == {0: 0, 1: 1, 2: 2}
     assert found[0][1] == threading.get_ident()
     assert len({thread for _, thread in found.values()}) == 3
 
 
-def test_the_threads_settings_reach_every_lane():
+def test_the_threads_settings_reach_every_queue():
     def read(index):
         return torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert set(run_lanes([[0], [1]], read).values()) == {(True, True)}
-    assert set(run_lanes([[0], [1]], read).values()) == {(False, False)}
+        assert set(run_queues([[0], [1]], read).values()) == {(True, True)}
+    assert set(run_queues([[0], [1]], read).values()) == {(False, False)}
 
 
-def test_an_error_in_one_lane_waits_for_the_others():
+def test_an_error_in_one_queue_waits_for_the_others():
     ended = []
 
     def read(index):
         if index == 0:
-            raise ValueError("lane 0")
+            raise ValueError("queue 0")
         ended.append(index)
 
-    with pytest.raises(ValueError, match="lane 0"):
-        run_lanes([[0], [1, 2]], read)
+    with pytest.raises(ValueError, match="queue 0"):
+        run_queues([[0], [1, 2]], read)
     assert ended == [1, 2]
 
 
 def test_texts_are_the_same_whichever_thread_reads():
     model = fuse(one_pass=False)
     inputs, plain = new_tokens(model, PROMPTS, speculate=0)
-    model.reader.lanes = [[0], [1, 2], [3]]
+    model.reader.queues = [[0], [1, 2], [3]]
     assert torch.equal(new_tokens(model, PROMPTS, speculate=0)[1], plain)
-    model.reader.lanes = [[0, 1, 2, 3]]
+    model.reader.queues = [[0, 1, 2, 3]]
     logits = model(**inputs).logits
-    model.reader.lanes = [[0], [1], [2], [3]]
+    model.reader.queues = [[0], [1], [2], [3]]
     assert torch.equal(model(**inputs).logits, logits)

@@ -1,7 +1,7 @@
 """Groups on different devices are read at the same time: one thread per device, groups of one device in their order.
 
 A forward spends the processor's time on starting operations; while one device computes, another one's can be started.
-On one device nothing changes: all groups are one lane, read in the calling thread.
+On one device nothing changes: all groups are one queue, read in the calling thread.
 """
 
 import threading
@@ -14,7 +14,7 @@ import torch
 
 from trimtab.logits.forward.groups import ForwardGroup
 
-MOST_LANES = 16  # devices of one machine
+MOST_DEVICES = 16  # devices of one machine
 _POOL: list[ThreadPoolExecutor] = []
 _FOR_THE_POOL = threading.Lock()
 
@@ -29,36 +29,39 @@ def devices_of(group: ForwardGroup) -> frozenset[str]:
     return frozenset(found)
 
 
-def lanes(devices: Sequence[frozenset[str]]) -> list[list[int]]:
+def queues(devices: Sequence[frozenset[str]]) -> list[list[int]]:
     """Which groups are read one after the other: those that share a device, however indirectly.
 
     devices    of each group
-    returns    lists of groups, each ascending, the first group's lane first; lanes can be read at the same time
+    returns    lists of groups, each ascending, the first group's queue first; queues can be read at the same time
     """
     found: list[tuple[set[str], list[int]]] = []
     for index, used in enumerate(devices):
-        touching = [lane for lane in found if lane[0] & used]
-        merged = (set(used).union(*(lane[0] for lane in touching)), [i for lane in touching for i in lane[1]] + [index])
-        found = [lane for lane in found if lane not in touching] + [merged]
+        touching = [queue for queue in found if queue[0] & used]
+        merged = (
+            set(used).union(*(queue[0] for queue in touching)),
+            [i for queue in touching for i in queue[1]] + [index],
+        )
+        found = [queue for queue in found if queue not in touching] + [merged]
     return sorted(sorted(indices) for _, indices in found)
 
 
-def run_lanes(sorted_lanes: Sequence[Sequence[int]], read: Callable[[int], Any]) -> dict[int, Any]:
-    """{group: what `read` gave}, lane by lane at the same time; the first lane in the calling thread.
+def run_queues(all_queues: Sequence[Sequence[int]], read: Callable[[int], Any]) -> dict[int, Any]:
+    """{group: what `read` gave}, queue by queue at the same time; the first queue in the calling thread.
 
-    raises    what the earliest group raised, after every lane has ended: none goes on writing to a cache
+    raises    what the earliest group raised, after every queue has ended: none goes on writing to a cache
     """
-    if len(sorted_lanes) == 1:
-        return {index: read(index) for index in sorted_lanes[0]}
+    if len(all_queues) == 1:
+        return {index: read(index) for index in all_queues[0]}
     settings = _torch_settings()
 
-    def read_lane(lane: Sequence[int]) -> dict[int, Any]:
+    def read_queue(queue: Sequence[int]) -> dict[int, Any]:
         with _applied(settings):
-            return {index: read(index) for index in lane}
+            return {index: read(index) for index in queue}
 
-    others: list[Future[dict[int, Any]]] = [_pool().submit(read_lane, lane) for lane in sorted_lanes[1:]]
+    others: list[Future[dict[int, Any]]] = [_pool().submit(read_queue, queue) for queue in all_queues[1:]]
     try:
-        found = {index: read(index) for index in sorted_lanes[0]}
+        found = {index: read(index) for index in all_queues[0]}
     finally:
         wait(others)
     for other in others:
@@ -69,7 +72,7 @@ def run_lanes(sorted_lanes: Sequence[Sequence[int]], read: Callable[[int], Any])
 def _pool() -> ThreadPoolExecutor:
     with _FOR_THE_POOL:
         if not _POOL:
-            _POOL.append(ThreadPoolExecutor(MOST_LANES, thread_name_prefix="trimtab-device"))
+            _POOL.append(ThreadPoolExecutor(MOST_DEVICES, thread_name_prefix="trimtab-device"))
         return _POOL[0]
 
 

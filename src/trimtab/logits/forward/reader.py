@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.core.errors import BadSetting, NumericalError
 from trimtab.logits.forward.cache import FusedCache
-from trimtab.logits.forward.devices import devices_of, lanes, run_lanes
+from trimtab.logits.forward.devices import devices_of, queues, run_queues
 from trimtab.logits.forward.grouping import ForwardGrouping, OnePass
 from trimtab.logits.forward.groups import ForwardGroup, ForwardInputs, OneModel
 from trimtab.logits.forward.streams import Streams
@@ -63,7 +63,7 @@ class Reader:
     run_of    for strong, base and each expert: its place in `runs`
     run_named {member: its place in `runs`}
     groups     the forwards that read the runs, the strong model's first
-    lanes      groups that are read at the same time: a lane per device
+    queues      groups that are read at the same time: a queue per device
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Reader:
         self.run_named = dict(zip((member.name for member in members), self.run_of, strict=True))
         self.groups = ForwardGrouping(self.runs, one_pass).groups()
         self.streams = Streams(self.groups, is_on=False)
-        self.lanes = lanes([devices_of(group) for group in self.groups])
+        self.queues = queues([devices_of(group) for group in self.groups])
 
     @property
     def chunk_rows(self) -> int:
@@ -145,7 +145,7 @@ class Reader:
 
         with self.streams.forked():
             # Streams belong to one thread, which then starts all forwards.
-            parts = run_lanes([range(len(self.groups))] if self.streams.is_on else self.lanes, read)
+            parts = run_queues([range(len(self.groups))] if self.streams.is_on else self.queues, read)
             for index, found in sorted(parts.items()):
                 self.streams.hand_over(index, found)
                 logits.update(zip(self.groups[index].runs, found, strict=True))
