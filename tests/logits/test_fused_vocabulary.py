@@ -28,7 +28,7 @@ def folder(models, tmp_path_factory):
 def fused(folder):
     experts = {name: folder / name for name in ("swapped", "padded")}
     with pytest.warns(
-        TrimtabWarning, match=r"'\[PAD\]' \(87\) cut.*'<soft>' \(86\) with delta 0, since 'base', 'swapped'"
+        TrimtabWarning, match=r"'\[PAD\]' \(87\) cut.*'<soft>' \(86\) with delta 0, missing in 'base', 'swapped'"
     ):
         made = FusedCausalLM.from_members(folder / "strong", folder / "base", experts, STATIC, token_map=MAP)
     made.save_pretrained(folder / "fused")

@@ -61,6 +61,14 @@ def test_a_template_keeps_its_own_members_special_tokens():
     assert rendered(found) == alike == "Hi<eos>"
 
 
+@pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", "\n\n ", ""])
+def test_a_bound_template_renders_as_it_did(start):
+    expert = tiny.make_tokenizer(chat_template=start + "{{ messages[0].content }}{{ eos_token }}")
+    strong = tiny.make_tokenizer()
+    strong.eos_token = "<bos>"
+    assert rendered(with_chat_template(strong, {"math": expert})) == rendered(expert)
+
+
 def test_a_template_is_chosen_by_member_name_file_or_text(tmp_path):
     members = owners(expert=NAMED, base=OTHER)
     (tmp_path / "mine.jinja").write_text("mine {{ messages[0].content }}")

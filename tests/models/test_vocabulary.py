@@ -18,7 +18,7 @@ from trimtab.core.errors import BadSetting, TrimtabWarning, UnknownName, Unreada
 from trimtab.models.token_ids import FusedVocabulary
 from trimtab.models.vocabulary import (
     MemberTokens,
-    TokenWords,
+    TokenSettings,
     fuse_vocabularies,
     load_tokenizer,
     read_pair,
@@ -36,13 +36,13 @@ def with_tokens(*tokens, characters=tiny.CHARACTERS):
     return tokenizer
 
 
-def fuse(tokenizers, rows=200, words=None, **embedded):
+def fuse(tokenizers, rows=200, token_settings=None, **embedded):
     """The vocabulary of members that have these tokenizers."""
     members = {
         name: MemberTokens(rows if isinstance(rows, int) else rows[name], embedded.get(name, rows), tokenizer)
         for name, tokenizer in tokenizers.items()
     }
-    return fuse_vocabularies(members, words=words)
+    return fuse_vocabularies(members, token_settings=token_settings)
 
 
 def save(folder, name, model, tokenizer):
@@ -75,14 +75,14 @@ def test_members_with_different_tokenizers_are_refused(members_dir, tmp_path):
     ("tokens", "cut", "strong_only", "remark"),
     [
         ({"strong": SPECIAL, "base": SPECIAL, "math": SPECIAL}, set(), set(), ""),
-        ({"strong": (), "base": (), "math": ("[PAD]",)}, set(), set(), r"'\[PAD\]' \(84\) cut, since the strong"),
+        ({"strong": (), "base": (), "math": ("[PAD]",)}, set(), set(), r"'\[PAD\]' \(84\) cut, missing in the strong"),
         (
             {"strong": SPECIAL, "base": SPECIAL[:1], "math": SPECIAL},
             set(),
             {85},
-            "'<r1>' .85. with delta 0, since 'base'",
+            "'<r1>' .85. with delta 0, missing in 'base'",
         ),
-        ({"strong": SPECIAL, "base": (), "math": ()}, set(), {84, 85}, "with delta 0, since 'base', 'math' lack them"),
+        ({"strong": SPECIAL, "base": (), "math": ()}, set(), {84, 85}, "with delta 0, missing in 'base', 'math'"),
         (
             {"strong": SPECIAL[:1], "base": (), "math": SPECIAL},
             set(),
@@ -157,18 +157,18 @@ def test_names_that_changed_places_are_mapped_by_name():
     tokenizers = {"strong": with_tokens(*SPECIAL), "base": with_tokens(*SPECIAL), "math": with_tokens(*SPECIAL[::-1])}
     with pytest.raises(VocabularyMismatch, match=r"--map-token 'math:<r0>=<r0>' --map-token 'math:<r1>=<r1>'"):
         fuse(tokenizers)
-    found = fuse(tokenizers, words=TokenWords({"math": {"<r0>": "<r0>", "<r1>": "<r1>"}}))
+    found = fuse(tokenizers, token_settings=TokenSettings({"math": {"<r0>": "<r0>", "<r1>": "<r1>"}}))
     assert found.read("math", torch.tensor([7, 84, 85])).tolist() == [7, 85, 84]
     assert found.align("math", torch.arange(200.0))[83:].tolist() == [83, 85, 84]
     assert found.fused_id("math", 84) == 85
-    by_ids = fuse(tokenizers, words=TokenWords(special_tokens="strong"))
+    by_ids = fuse(tokenizers, token_settings=TokenSettings(special_tokens="strong"))
     assert by_ids.read("math", torch.tensor([7, 84, 85])).tolist() == [7, 84, 85]
 
 
 def test_a_mapped_token_stands_for_one_token_only():
     tokenizers = {"strong": with_tokens("<|end|>"), "base": tiny.make_tokenizer(), "math": tiny.make_tokenizer()}
-    words = TokenWords({name: {"<eos>": "<|end|>"} for name in ("base", "math")})
-    found = fuse(tokenizers, words=words)
+    token_settings = TokenSettings({name: {"<eos>": "<|end|>"} for name in ("base", "math")})
+    found = fuse(tokenizers, token_settings=token_settings)
     assert found.strong_only == {1}, "the strong model's own <eos>"
     assert found.read("base", torch.tensor([1, 84])).tolist() == [1, 1], "both are the same token to it"
     assert found.fused_id("math", 1) == 84
@@ -188,7 +188,7 @@ def test_a_mapped_token_stands_for_one_token_only():
 def test_a_map_of_tokens_that_are_not_there_is_refused(pairs, kind, message):
     tokenizers = dict.fromkeys(("strong", "base", "math"), with_tokens(*SPECIAL))
     with pytest.raises(kind, match=message):
-        fuse(tokenizers, words=TokenWords(pairs))
+        fuse(tokenizers, token_settings=TokenSettings(pairs))
 
 
 @pytest.mark.parametrize("pair", [("a", "<x>", "<y>"), ("a:b", "x=y", "p=q"), ("a\\", "=:\\", ":")])
@@ -204,7 +204,7 @@ def test_a_pair_that_cannot_be_read_is_refused(text):
 
 def test_special_tokens_has_one_value():
     with pytest.raises(BadSetting, match=r"(?s)special_tokens is 'base'.*pass special_tokens='strong'"):
-        TokenWords(special_tokens="base")
+        TokenSettings(special_tokens="base")
 
 
 def test_a_tokenizer_given_decides_which_tokens_are_fused(tmp_path):

@@ -36,7 +36,7 @@ from trimtab.models.conversations import ChatArguments
 from trimtab.models.loading import Placement
 from trimtab.models.prompts import OwnPrompts, PromptForm
 from trimtab.models.token_ids import FusedVocabulary
-from trimtab.models.vocabulary import TokenWords, load_tokenizer
+from trimtab.models.vocabulary import TokenSettings, load_tokenizer
 
 
 class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc]
@@ -120,8 +120,8 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         """
         placement = Placement(dtype, device, attn_implementation, quantization_config, max_memory or None)
         members = member_loading.gather(strong, base, experts, placement)
-        words = TokenWords(token_map or {}, special_tokens)
-        fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass, chat_template, words)
+        token_settings = TokenSettings(token_map or {}, special_tokens)
+        fused = cls._of(members, strategy, tokenizer, prompts or {}, one_pass, chat_template, token_settings)
         member_loading.check_descent(members, fused.reader.read_alone, fused.config.vocab_size, prompts or ())
         return fused
 
@@ -160,9 +160,11 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         members = member_loading.gather(strong, base, experts, placement, beside=directory)
         strategy = kwargs.get("strategy") or config.strategy
         one_pass = config.one_pass if kwargs.get("one_pass") is None else kwargs["one_pass"]
-        words = TokenWords(config.token_map or {}, config.special_tokens)
+        token_settings = TokenSettings(config.token_map or {}, config.special_tokens)
         tokenizer = load_tokenizer(directory)
-        fused = cls._of(members, strategy, tokenizer, config.prompts or {}, one_pass, None, words, is_known=True)
+        fused = cls._of(
+            members, strategy, tokenizer, config.prompts or {}, one_pass, None, token_settings, is_known=True
+        )
         fused.config.use_cache = config.use_cache if use_cache is None else bool(use_cache)
         fused._set_plan(Plan(config.speculate, config.speculate_draft))
         fused._set_generation(directory, kwargs.get("generation_config"))
@@ -178,10 +180,10 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
         prompts: Mapping[str, Any],
         one_pass: OnePass,
         chat_template: str | None = None,
-        words: TokenWords | None = None,
+        token_settings: TokenSettings | None = None,
         is_known: bool = False,
     ) -> "FusedCausalLM":
-        settled = saving.settle(members, tokenizer, prompts, one_pass, chat_template, words, is_known)
+        settled = saving.settle(members, tokenizer, prompts, one_pass, chat_template, token_settings, is_known)
         config, tokenizer, forms = settled
         return cls(config, members, strategy, tokenizer, forms)
 

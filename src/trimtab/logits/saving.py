@@ -16,7 +16,7 @@ from trimtab.models.loading import saved_reference
 from trimtab.models.prompts import PromptForm, padding_left, read_form
 from trimtab.models.references import Reference
 from trimtab.models.token_ids import FusedVocabulary
-from trimtab.models.vocabulary import MemberTokens, TokenWords, fuse_vocabularies
+from trimtab.models.vocabulary import MemberTokens, TokenSettings, fuse_vocabularies
 
 # What a fused directory consists of: the configuration, and the files of any tokenizer. They belong together, so none
 # of an earlier tokenizer's stays beside a new one's.
@@ -35,23 +35,23 @@ def settle(
     prompts: Mapping[str, Any],
     one_pass: bool | str,
     chat_template: str | None = None,
-    words: TokenWords | None = None,
+    token_settings: TokenSettings | None = None,
     is_known: bool = False,
 ) -> tuple[FusedConfig, Any, dict[str, PromptForm]]:
     """What follows from the members before any of them is read: configuration, tokenizer and prompt forms.
 
     tokenizer      what all members share; None: the one beside the strong model, or beside another member
     chat_template  which chat template serves, see `with_chat_template`
-    words          what the user says about renamed special tokens
+    token_settings what the user says about renamed special tokens
     is_known       whether the user has been told which tokens are cut, when the directory was written
     raises         VocabularyMismatch, BadSetting, MemberMismatch, UnknownName
     warns          TrimtabWarning, one line, where a token is cut or has delta 0
     """
-    words = words or TokenWords()
+    token_settings = token_settings or TokenSettings()
     known = {
         member.name: MemberTokens(member.rows, member.embedded, member.tokenizer, member.resized) for member in members
     }
-    vocabulary = fuse_vocabularies(known, tokenizer, words)
+    vocabulary = fuse_vocabularies(known, tokenizer, token_settings)
     if tokenizer is None:
         tokenizer = next((member.tokenizer for member in members if member.tokenizer is not None), None)
     tokenizer = padding_left(tokenizer)
@@ -59,7 +59,7 @@ def settle(
     config = make_config(members, tokenizer, vocabulary)
     if vocabulary.remark and not is_known:
         warnings.warn(vocabulary.remark, TrimtabWarning, stacklevel=4)
-    config.token_map, config.special_tokens = words.to_dict().get("token_map"), words.special_tokens
+    config.token_map, config.special_tokens = token_settings.to_dict().get("token_map"), token_settings.special_tokens
     forms = read_forms(members, tokenizer, prompts)
     config.prompts = {name: form.to_dict() for name, form in forms.items()} or None
     config.one_pass = one_pass

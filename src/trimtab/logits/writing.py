@@ -13,7 +13,7 @@ from trimtab.logits import saving
 from trimtab.logits.speculation.plan import Plan
 from trimtab.logits.strategy.fusion import Strategy, as_strategy
 from trimtab.models.loading import Placement
-from trimtab.models.vocabulary import TokenWords
+from trimtab.models.vocabulary import TokenSettings
 
 
 def write_fused(
@@ -41,8 +41,8 @@ def write_fused(
     warns                    TrimtabWarning for an expert that does not descend from the base or equals it, by samples
     """
     members = member_loading.gather(strong, base, experts, Placement(), is_outline=True)
-    words = TokenWords(token_map or {}, special_tokens)
-    config, tokenizer, _ = saving.settle(members, tokenizer, prompts or {}, one_pass, chat_template, words)
+    token_settings = TokenSettings(token_map or {}, special_tokens)
+    config, tokenizer, _ = saving.settle(members, tokenizer, prompts or {}, one_pass, chat_template, token_settings)
     names = tuple(members.experts)
     config.strategy = as_strategy(strategy, names).to_dict()
     plan = Plan(speculate, speculate_draft).check(names)

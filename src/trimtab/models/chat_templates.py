@@ -43,7 +43,8 @@ def _bound(template: str, owner: Any, tokenizer: Any) -> str:
         for name in SPECIAL_TOKENS
         if name in template and getattr(owner, name, None) and getattr(owner, name) != getattr(tokenizer, name, None)
     }
-    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + template
+    # transformers' Jinja drops the line break after a tag, so that the template still starts at the start of a line.
+    return "".join(f"{{% set {name} = {json.dumps(value)} %}}\n" for name, value in values.items()) + template
 
 
 def named_template(owner: str, template: Template | None, name: str | None = None) -> str | None:

@@ -3,7 +3,7 @@
 The strong model's tokens are the reference: a fused id means what it means to the strong model. Ordinary tokens must be
 equal in all members. An id that the strong model cannot emit, or that has no token, is cut. An id that a small member
 lacks has delta 0, so that the strong model alone decides about it. Special tokens that were renamed need the user's
-word, see `TokenWords`.
+word, see `TokenSettings`.
 """
 
 import re
@@ -45,7 +45,7 @@ def load_tokenizer(directory: Path) -> Any | None:
 
 
 @dataclass(frozen=True)
-class TokenWords:
+class TokenSettings:
     """What the user says about special tokens that members have under different names.
 
     token_map        {member: {A: B}}: the member's token A stands for the strong model's token B
@@ -87,7 +87,7 @@ class MemberTokens:
 
 
 def fuse_vocabularies(
-    members: Mapping[str, MemberTokens], tokenizer: Any = None, words: TokenWords | None = None
+    members: Mapping[str, MemberTokens], tokenizer: Any = None, token_settings: TokenSettings | None = None
 ) -> FusedVocabulary:
     """The fused vocabulary of these members, the strong model first.
 
@@ -95,15 +95,17 @@ def fuse_vocabularies(
     raises      VocabularyMismatch when ordinary tokens differ, when special tokens were renamed and nothing is said
                 about them, when a member lacks too many tokens, and without any tokenizer when sizes differ
     """
-    words = words or TokenWords()
+    token_settings = token_settings or TokenSettings()
     named = {name: member.tokenizer for name, member in members.items() if member.tokenizer is not None}
     reference = GIVEN if tokenizer is not None else next(iter(named), "")
     tokenizer = tokenizer if tokenizer is not None else next(iter(named.values()), None)
     if tokenizer is None:
         return FusedVocabulary(_common_rows(members))
     tokens = tokens_of(tokenizer)
-    _check_members(words, [name for name in members if name != reference])
-    compared = {name: _compare(name, member, tokens, tokenizer, reference, words) for name, member in members.items()}
+    _check_members(token_settings, [name for name in members if name != reference])
+    compared = {
+        name: _compare(name, member, tokens, tokenizer, reference, token_settings) for name, member in members.items()
+    }
     _refuse_renamed({name: found.renamed for name, found in compared.items()}, tokens, members, reference)
     strong = compared[STRONG] if STRONG in compared else next(iter(compared.values()))
     emitted = tokens.keys() - strong.lacking
@@ -160,12 +162,17 @@ class _Compared:
 
 
 def _compare(
-    name: str, member: MemberTokens, tokens: Mapping[int, str], tokenizer: Any, reference: str, words: TokenWords
+    name: str,
+    member: MemberTokens,
+    tokens: Mapping[int, str],
+    tokenizer: Any,
+    reference: str,
+    token_settings: TokenSettings,
 ) -> _Compared:
     own_tokenizer = tokenizer if member.tokenizer is None else member.tokenizer
     theirs = tokens if own_tokenizer is tokenizer else tokens_of(own_tokenizer)
     rows = min(member.rows, member.embedded) if name == STRONG else member.rows
-    pairs = _pairs(name, words.token_map.get(name, {}), theirs, tokens)
+    pairs = _pairs(name, token_settings.token_map.get(name, {}), theirs, tokens)
     taken, sources = set(pairs.values()), {i: own for i, own in pairs.items() if own < rows}
     differing = set() if theirs == tokens else {i for i in tokens.keys() | theirs if tokens.get(i) != theirs.get(i)}
     clashing = {i for i in differing if i in tokens and i in theirs} - pairs.keys() - taken
@@ -189,7 +196,7 @@ def _compare(
         ),
         frozenset(lacking),
         {i: theirs[i] for i in differing if i not in tokens and i not in taken},
-        [] if words.special_tokens == STRONG else [(i, tokens[i], theirs[i]) for i in sorted(clashing)],
+        [] if token_settings.special_tokens == STRONG else [(i, tokens[i], theirs[i]) for i in sorted(clashing)],
         theirs.get(stand_in, str(stand_in)),
     )
 
@@ -240,8 +247,8 @@ def _common_rows(members: Mapping[str, MemberTokens]) -> int:
     return next(iter(members.values())).rows
 
 
-def _check_members(words: TokenWords, known: Iterable[str]) -> None:
-    for name in words.token_map:
+def _check_members(token_settings: TokenSettings, known: Iterable[str]) -> None:
+    for name in token_settings.token_map:
         if name not in known:
             raise unknown_name("member with tokens to be mapped", name, known)
 
@@ -321,16 +328,16 @@ def _remark(
         cut |= {i: token for i, token in sorted(found.own.items()) if i not in emitted}
     told = []
     if cut:
-        told.append(f"{_listed(_tokens(cut))} cut, since the strong model or the fused tokenizer lacks them")
+        told.append(f"{_listed(_tokens(cut))} cut, missing in the strong model or the fused tokenizer")
     if strong_only:
         ids = {i: tokens[i] for i in sorted(strong_only)}
         lacking = {name: found for name, found in compared.items() if found.lacking & ids.keys()}
-        blind = {name: found.stand_in for name, found in lacking.items() if any(map(found.is_blind_to, ids))}
-        reading = [f"'{name}' reads {token!r} in their place" for name, token in blind.items()]
-        told.append(
-            f"{_listed(_tokens(ids))} with delta 0, since {_listed(map(repr, lacking))} lack them"
-            + (f" ({_listed(reading)})" if reading else "")
-        )
+        told.append(f"{_listed(_tokens(ids))} with delta 0, missing in {_listed(map(repr, lacking))}")
+        readers: dict[str, list[str]] = {}
+        for name, found in lacking.items():
+            if any(map(found.is_blind_to, ids)):
+                readers.setdefault(found.stand_in, []).append(repr(name))
+        told += [f"{_listed(names)} read {token!r} in place of ids without a row" for token, names in readers.items()]
     return f"vocabulary: {'; '.join(told)}." if told else ""
 
 
