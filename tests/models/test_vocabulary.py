@@ -139,11 +139,13 @@ def test_renamed_tokens_need_a_word_and_the_printed_line_is_valid(tmp_path, caps
     assert not (tmp_path / "none").exists()
     printed = [line.strip() for line in error.splitlines() if line.strip().startswith("--")]
     assert len(printed) == 2
+    capsys.readouterr()
     laws = []
     for number, line in enumerate(printed):
         assert main([*words, *shlex.split(line), "-o", str(tmp_path / f"fused{number}")]) == 0, line
         fused = FusedCausalLM.from_pretrained(tmp_path / f"fused{number}")
         laws.append(fused(torch.tensor([[9, tiny.VOCAB, 12, tiny.VOCAB + 1]])).logits)
+    assert f"vocabulary: {tiny.VOCAB + 2} tokens" in capsys.readouterr().out
     torch.testing.assert_close(laws[0], laws[1])
     said = re.search(r"token_map=(\{.*\}\}) or", error)
     by_python = FusedCausalLM.from_members(

@@ -5,6 +5,8 @@ from trimtab.
 """
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +52,19 @@ def run(args: argparse.Namespace) -> None:
         }
         write_fused(folder, **members, strategy=strategy, **options.one_pass_of(args), **given)
     settings = {**{name: members[name] for name in ("strong", "base", "experts")}, "strategy": strategy.to_dict()}
-    result = {"directory": str(folder), "files": sorted(file.name for file in folder.iterdir())}
-    output.emit(args.json, output.document(result, settings), lambda: show(folder, settings))
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    result = {
+        "directory": str(folder),
+        "files": sorted(file.name for file in folder.iterdir()),
+        "vocab_size": written["vocab_size"],
+        "vocabulary": written.get("vocabulary"),
+    }
+    output.emit(args.json, output.document(result, settings), lambda: show(result, settings))
 
 
-def show(folder: Path, settings: dict[str, Any]) -> None:
+def show(result: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Where it is, what it is, and what to do next."""
-    strategy = settings["strategy"]
+    folder, strategy = result["directory"], settings["strategy"]
     print(f"{folder}: {settings['strong']} + {strategy['amount']} of {', '.join(settings['experts'])}")
+    print(f"vocabulary: {result['vocab_size']} tokens; other rows of the members are cut")
     print(f'next: trimtab generate {folder} "..."   or   trimtab explain {folder} "..."')
