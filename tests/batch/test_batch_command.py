@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,7 +150,31 @@ def test_an_earlier_run_and_an_earlier_output_are_left_alone_unless_something_is
     assert batch(fused_dir, source, target, "--resume", "--force") == 2
 
 
-@pytest.mark.parametrize("what", ["input", "dtype", "model"])
+def test_a_strategy_of_the_command_is_as_that_of_a_directory(fused_dir, tmp_path):
+    """--strategy, --set and --NAME VALUE replace what the directory says, and nothing else."""
+    source = write_rows(tmp_path / "in.jsonl", rows_of(4))
+    other = fused_dir.parent / "static"  # beside it, since members are named relative to the directory
+    shutil.copytree(fused_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    config["strategy"] = {"amount": "static", "chooser": "sum", "settings": {"alpha": 9.0}}
+    (other / "config.json").write_text(json.dumps(config))
+    words = {"set": ["--set", "alpha=9"], "flag": ["--alpha", "9"]}
+    for name, setting in words.items():
+        assert batch(fused_dir, source, tmp_path / name, "--strategy", "static", "--chooser", "sum", *setting) == 0
+    run_batch(other, source, tmp_path / "theirs", TRANSFORMERS, HERE)
+    run_batch(fused_dir, source, tmp_path / "plain", TRANSFORMERS, HERE)
+    written = {name: [texts(row) for row in read_rows(tmp_path / name)] for name in (*words, "theirs", "plain")}
+    assert written["set"] == written["flag"] == written["theirs"] != written["plain"]
+
+
+def test_a_wrong_strategy_is_refused_before_anything_is_written(fused_dir, tmp_path, capsys):
+    source = write_rows(tmp_path / "in.jsonl", rows_of(2))
+    assert batch(fused_dir, source, tmp_path / "out.jsonl", "--set", "alpha_mx=1") == 2
+    assert "did you mean 'alpha_max'?" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("what", ["input", "dtype", "strategy", "model"])
 @pytest.mark.parametrize("is_finished", [False, True])
 def test_another_input_model_or_setting_is_not_gone_on_with(fused_dir, tmp_path, what, is_finished):
     source, target = stopped(fused_dir, tmp_path, rows_of(4))
@@ -160,6 +185,8 @@ def test_another_input_model_or_setting_is_not_gone_on_with(fused_dir, tmp_path,
         write_rows(source, [*rows_of(3), complete("row-3", "another prompt")])
     elif what == "dtype":
         settings = Settings("transformers", dtype="bfloat16")
+    elif what == "strategy":
+        settings = Settings("transformers", strategy={"amount": "static"})
     else:
         directory = fused_dir.parent / "other"
         subprocess.run(["cp", "-r", fused_dir, directory], check=True)

@@ -4,6 +4,7 @@ import pytest
 
 from trimtab import make_strategy
 from trimtab.core.errors import BadSetting, UnknownName
+from trimtab.logits.strategy.fusion import strategy_from_dict
 from trimtab.serving.requests import NOTHING_SET, RequestSettings, read_settings
 
 NAMES = ("math", "facts", "code")
@@ -32,6 +33,13 @@ def test_what_is_not_set_stays_as_the_directory_has_it() -> None:
     assert strategy.amount.alpha == {"facts": 0.5, "code": 2.0}
     only = make_strategy("dynamic", "only", NAMES, expert="math")
     assert read_settings({"expert": "code"}, only).strategy(only).chooser.expert == "code"
+
+
+def test_requests_to_a_directory_with_former_names_are_read() -> None:
+    """The chooser was called "paper" when the directory was written."""
+    present = strategy_from_dict({"amount": "dynamic", "chooser": "paper"}, NAMES)
+    strategy = read_settings({"experts": ["math", "facts"], "alpha_max": 1}, present).strategy(present)
+    assert strategy == make_strategy("dynamic", "joint_objective", ("math", "facts"), alpha_max=1.0)
 
 
 @pytest.mark.parametrize(
