@@ -38,11 +38,9 @@ def queues(devices: Sequence[frozenset[str]]) -> list[list[int]]:
     found: list[tuple[set[str], list[int]]] = []
     for index, used in enumerate(devices):
         touching = [queue for queue in found if queue[0] & used]
-        merged = (
-            set(used).union(*(queue[0] for queue in touching)),
-            [i for queue in touching for i in queue[1]] + [index],
-        )
-        found = [queue for queue in found if queue not in touching] + [merged]
+        devices_used = set(used).union(*(queue[0] for queue in touching))
+        indices = [other for queue in touching for other in queue[1]] + [index]
+        found = [queue for queue in found if queue not in touching] + [(devices_used, indices)]
     return sorted(sorted(indices) for _, indices in found)
 
 
@@ -97,4 +95,7 @@ def _applied(settings: tuple[bool, list[tuple[str, torch.dtype]]]) -> Iterator[N
 def _name(device: Any) -> str:
     if device == "disk":
         return "cpu"
-    return str(torch.device(device) if not isinstance(device, int) else f"cuda:{device}")
+    if isinstance(device, int):  # accelerate numbers the devices of the accelerator that there is
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return f"{accelerator.type if accelerator is not None else 'cuda'}:{device}"
+    return str(torch.device(device))
