@@ -6,16 +6,11 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from trimtab.cli.parser import command_parser
-from trimtab.core.registry import find
-from trimtab.logits.registry import CHOOSERS
-from trimtab.logits.strategy.fusion import Strategy
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -178,19 +173,6 @@ def test_the_reference_has_every_public_name(package: str) -> None:
     module = importlib.import_module(package)
     for name in set(module.__all__) - TOLD_IN_WORDS:
         assert {module._HOMES[name], f"{module._HOMES[name]}.{name}"} & named, f"{package}.{name}"
-
-
-def test_the_example_of_contributing_is_an_amount() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    names: dict[str, Any] = {"__name__": "gradual"}
-    exec(compile(next(block for block in blocks if "Amount" in block), "CONTRIBUTING.md", "exec"), names)
-    generator = torch.Generator().manual_seed(0)
-    strong, base, *experts = torch.randn(4, 3, 7, generator=generator).log_softmax(dim=-1)
-    fuse = Strategy(names["Gradual"](strength=0.0), find(CHOOSERS, "confident")())
-    torch.testing.assert_close(fuse(strong, base, torch.stack(experts)).log_probs, strong)
-    fused = Strategy(names["Gradual"](), find(CHOOSERS, "confident")())(strong, base, torch.stack(experts))
-    assert not torch.allclose(fused.log_probs, strong)
 
 
 def test_the_readme_opens_with_commands_picture_and_a_small_table() -> None:
