@@ -19,6 +19,7 @@ def plain_tokens(model, inputs, count=24):
 
 
 @pytest.mark.parametrize("strategy", ["dynamic", "static", "grid", "cautious"])
+@pytest.mark.filterwarnings("ignore:expert .* adds nothing")
 def test_an_expert_that_learned_nothing_leaves_the_strong_model_alone(strategy):
     base, strong = tiny.make(seed=1), tiny.make(seed=0, width=48)
     model = FusedCausalLM.from_members(strong, base, {"same": copy.deepcopy(base)}, strategy, tiny.make_tokenizer())
