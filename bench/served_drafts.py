@@ -30,7 +30,7 @@ def measure(options: Options, progress: Progress) -> Findings:
 
 NOTES = [
     *serving.NOTES_ON_WORK,
-    "One server for each length of the expert's drafts. Acceptance: the share of drafted tokens that stood.",
+    "One server for each length of the expert's drafts. Acceptance: the share of drafted tokens that were accepted.",
 ]
 
 

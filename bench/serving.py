@@ -161,7 +161,7 @@ NOTES = [
     *NOTES_ON_WORK,
     "Times to the first token count from when a request was due. Waits between tokens: a piece of several tokens, as "
     "drafts bring, is shared among them. engine itl: the same by the engine's clock, piece by piece.",
-    "Small members alone are faster than HTTP and clients can follow: their steps are measured behind no server, with "
+    "Small members alone are faster than HTTP and clients can follow: their steps are measured without a server, with "
     "as many rows at every step as the servers run together.",
     "Members in one engine: a step of the strong model, and twice that of a small member less that of the tiny one. "
     "What any step costs beside its model counts once; the tiny member's own part is left out, so that the prediction "

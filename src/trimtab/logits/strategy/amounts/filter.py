@@ -2,7 +2,7 @@
 
 Think of the base as a mixture of styles, Q = sum_s q(s) Q(.|s), and of tuning as choosing one, Q_1 = Q(.|s*). By Bayes'
 rule q(s*|v) = c Q_1(v)/Q(v) with c = q(s*), a posterior and so at most 1; and the strong model in that style is
-P(v|s*), proportional to P(v) q(s*|v). With l = log c + log Q_1 - log Q the fused law is
+P(v|s*), proportional to P(v) q(s*|v). With l = log c + log Q_1 - log Q the fused distribution is
 
     P~(v)  proportional to  P(v) exp(min(0, l) + beta max(0, l))
 
