@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -154,6 +155,14 @@ def test_conversations_that_cannot_be_are_refused(run, talking_dir, tmp_path, mo
 def test_a_variable_that_no_template_reads_is_told(run, talking_dir) -> None:
     words = ["--template-arg", "thinking=false", "--max-new-tokens", "1"]
     assert "no chat template reads thinking" in run("generate", talking_dir, "Hi", "--chat", *words).err
+
+
+def test_fuse_writes_the_settings_and_a_tokenizer_that_pads_on_the_left(fused_dir, members) -> None:
+    written, strong = (
+        json.loads((Path(folder) / "generation_config.json").read_text()) for folder in (fused_dir, members["strong"])
+    )
+    assert written["eos_token_id"] == strong["eos_token_id"]
+    assert json.loads((Path(fused_dir) / "tokenizer_config.json").read_text())["padding_side"] == "left"
 
 
 def test_the_models_settings_rule_and_flags_come_first(run, talking_dir, tmp_path) -> None:
