@@ -265,10 +265,6 @@ def test_damaged_and_unusable_adapters_are_refused(home):
     save_file(dict(list(weights.items())[1:]), file)
     with pytest.raises(UnreadableModel, match=r"the adapter 'a' .* does not fill its layers: 1 weights are missing"):
         build(home, "a")
-    base = AutoModelForCausalLM.from_pretrained(home / "base")
-    save_adapter(base, home / "e", 3, bias="all")
-    with pytest.raises(MemberMismatch, match="the adapter 'e' has changed the biases of its base"):
-        build(home, "e")
     (home / "b" / "adapter_config.json").write_text('{"peft_type": "NOTHING"}')
     with pytest.raises(UnreadableModel, match="cannot be read"):
         build(home, "b")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.core.errors import MemberMismatch, TrimtabWarning
 from trimtab.models import adapters, ancestry, checkpoint
+from trimtab.models.handed import look_at
 from trimtab.models.loading import Member, MemberLoader, Placement
 
 # Names of members, and of rules that say who drafts.
@@ -61,7 +62,9 @@ def gather(
             )
     placement = placement or Placement()
     placement.check_names(("strong", "base", *experts))
-    loader = MemberLoader(placement, beside, is_outline)
+    # Loaded models are looked at before any adapter is attached, which changes what others compute.
+    handed = {} if is_outline else look_at({"strong": strong, "base": base, **experts})
+    loader = MemberLoader(placement, beside, is_outline, handed)
     strong_member, base_member = loader.member("strong", strong), loader.member("base", base)
     made = {name: loader.member(name, source, base=base_member) for name, source in experts.items()}
     return Members(strong_member, base_member, made, loader.switches)

@@ -1,36 +1,48 @@
-"""Adapters on a shared model: one copy of the weights in memory, however many adapters sit on it (peft)."""
+"""Adapters on a shared model: one copy of the weights in memory, however many adapters sit on it (peft).
+
+Plain LoRA leaves the base as it was, so all such adapters are attached to the base itself. Adapters of other kinds may
+change it (PiSSA takes out of the base's weights what its factors start with), so each is attached to a copy of the
+modules, which shares every parameter that the adapter leaves alone: see `attach_apart`.
+"""
 
 import re
 import warnings
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.core.errors import MemberMismatch, UnreadableModel
 from trimtab.models.checkpoint import read_json
 from trimtab.models.locks import model_lock
+from trimtab.models.probe import own_logits
 from trimtab.models.shared_storage import ModuleChangeDetector
 
 # Of resized embeddings, and of tokens trained in tied ones, peft writes the same numbers under a second name.
 WRITTEN_TWICE = (".modules_to_save.weight", ".token_adapter.trainable_tokens_delta")
+# What a member computes with: one adapter, several at once (their deltas add up), or None, the bare model.
+Adapter = str | tuple[str, ...] | None
 
 
 class AdapterSwitch:
-    """Turns a model's adapters on and off, layer by layer; `None` is the bare model.
+    """Turns a model's adapters on and off, layer by layer.
 
     peft injects its layers into the model itself, so one switch per model serves all its adapters, and all fused models
-    that the model is a member of: `switch_for` finds it. Whoever selects and reads does so in one turn, see `turns`.
+    that the model is a member of: `switch_for` finds it. Select and read under one `model_lock`.
 
     layers      the adapter layers
     wrappers    around whole modules that some adapters bring along, an output layer of their own for example
+    given       what the model computed with when it was handed in, before this switch was used
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._peft: Any = None
         self.refresh()
+        self.given: Adapter = active_adapters(model)
+        self._selected: Adapter = self.given
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of a model shall find a switch of its own, so nothing is copied."""
@@ -38,39 +50,43 @@ class AdapterSwitch:
 
     def refresh(self) -> None:
         """Looks for the adapter layers again."""
-        self.layers, self.wrappers = _adapted(self._model)
+        self.layers, self.wrappers = layers_and_wrappers(self._model)
         self._tree = ModuleChangeDetector([self._model])
 
-    def select(self, adapter: str | None) -> None:
+    def as_given(self) -> Adapter:
+        """What the user wants the model to compute with: its state now, unless that is what was selected here."""
+        now = active_adapters(self._model)
+        return self.given if now == self._selected else now
+
+    def select(self, adapter: Adapter) -> None:
         """From now on the model computes with this adapter, or bare.
 
-        Nothing is remembered: peft, which has the same layers, may be told to switch them by others.
+        The layers are looked at each time: users may switch them through peft, too.
         """
         if not self._tree.is_current:
             self.refresh()
-        if self._is_on(adapter):
+        self._selected, names = adapter, names_of(adapter)
+        if self._is_on(names):
             return
         for layer in self.layers:
             if layer.merged:
                 layer.unmerge()
         for layer in (*self.layers, *self.wrappers):
-            layer.enable_adapters(adapter is not None)
-        if adapter is not None:
+            layer.enable_adapters(bool(names))
+        if names:
             for layer in self.layers:
-                layer.set_adapter([adapter], inference_mode=True)
+                layer.set_adapter(names, inference_mode=True)
             for wrapper in self.wrappers:
-                wrapper.set_adapter([adapter] if adapter in wrapper._adapters else [], inference_mode=True)
+                wrapper.set_adapter(_among(names, wrapper), inference_mode=True)
 
-    def _is_on(self, adapter: str | None) -> bool:
-        is_off = adapter is None
-        if any(part.disable_adapters is not is_off for part in (*self.layers, *self.wrappers)):
+    def _is_on(self, names: list[str]) -> bool:
+        if any(part.disable_adapters is bool(names) for part in (*self.layers, *self.wrappers)):
             return False
         if any(layer.merged_adapters for layer in self.layers):
             return False
-        on = [adapter]
-        return is_off or (
-            all(layer.active_adapters == on for layer in self.layers)
-            and all(wrapper.active_adapters == on[: adapter in wrapper._adapters] for wrapper in self.wrappers)
+        return not names or (
+            all(layer.active_adapters == names for layer in self.layers)
+            and all(wrapper.active_adapters == _among(names, wrapper) for wrapper in self.wrappers)
         )
 
     def attach(self, name: str, directory: Path) -> str:
@@ -79,8 +95,16 @@ class AdapterSwitch:
         raises    MemberMismatch when it does not fit, UnreadableModel when it cannot be read
         """
         config = read_config(name, directory)
+        check_start(name, config)
         with model_lock(self._model):  # which another thread may be reading
             return self._attach(name, directory, config)
+
+    def own_logits(self, name: str, adapter: str) -> Tensor:
+        """Logits [1, time, rows] on the probe's tokens, as peft computes them with an attached adapter."""
+        with model_lock(self._model):
+            self.select(adapter)
+            self._peft.active_adapter = adapter  # peft's wrapper keeps a word of its own
+            return own_logits(name, self._peft)
 
     def _attach(self, name: str, directory: Path, config: Any) -> str:
         import peft
@@ -122,7 +146,33 @@ class AdapterSwitch:
         return str(next(self._model.parameters()).device)
 
 
-def _adapted(model: nn.Module) -> tuple[list[Any], list[Any]]:
+def names_of(adapter: Adapter) -> list[str]:
+    """The adapters that are on at once; empty for the bare model."""
+    return [] if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
+
+
+def _among(names: Iterable[str], wrapper: Any) -> list[str]:
+    return [name for name in names if name in wrapper._adapters]
+
+
+def active_adapters(model: nn.Module) -> Adapter:
+    """What a model computes with right now, read from its layers: peft and transformers keep lists of their own."""
+    layers, wrappers = layers_and_wrappers(model)
+    found: dict[str, None] = {}
+    for layer in layers:
+        if not layer.disable_adapters:
+            # Where adapters are merged into the weights, the layer adds no other.
+            active = layer.merged_adapters or layer.active_adapters
+            own = {name for table in layer.adapter_layer_names for name in getattr(layer, table, ())}
+            found |= dict.fromkeys(name for name in active if name in own)
+    for wrapper in wrappers:
+        if not wrapper.disable_adapters:
+            found |= dict.fromkeys(_among(wrapper.active_adapters, wrapper))
+    names = tuple(found)
+    return names[0] if len(names) == 1 else names or None
+
+
+def layers_and_wrappers(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """peft's adapter layers in a model, and its wrappers around whole modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -153,7 +203,7 @@ def switch_for(model: nn.Module) -> AdapterSwitch:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether peft has put layers into a model."""
-    return any(_adapted(model))
+    return any(layers_and_wrappers(model))
 
 
 def read_config(name: str, directory: Path) -> Any:
@@ -167,19 +217,37 @@ def read_config(name: str, directory: Path) -> Any:
             f"'{directory}/adapter_config.json' cannot be read: {error}.", fix="save the adapter again."
         ) from error
     config.inference_mode = True
+    check_kind(name, config)
+    return config
+
+
+def check_kind(name: str, config: Any) -> None:
+    """Raises MemberMismatch for an adapter that cannot be read as a change of weights."""
     if config.is_prompt_learning:
         raise MemberMismatch(
             f"the adapter '{name}' is of type {config.peft_type}, which lives in the prompt and not in the weights.",
             "Adapters on a shared base are LoRA and its kin.",
             "tune a LoRA adapter instead.",
         )
-    if getattr(config, "bias", "none") != "none":
+    if getattr(config, "alora_invocation_tokens", None):
         raise MemberMismatch(
-            f"the adapter '{name}' has changed the biases of its base (bias='{config.bias}').",
-            "The bare base could not be had back beside it.",
-            "merge it into a model of its own: peft's merge_and_unload(), then save_pretrained.",
+            f"the adapter '{name}' is an activated LoRA: it works only after tokens {config.alora_invocation_tokens}.",
+            "Members are read with the same weights at every position.",
+            "train it as a plain LoRA, without alora_invocation_tokens.",
         )
-    return config
+
+
+def check_start(name: str, config: Any) -> None:
+    """Raises MemberMismatch for a saved adapter whose base depends on data that was not saved with it."""
+    start = getattr(config, "init_lora_weights", True)
+    if start in ("corda", "lora_ga"):
+        raise MemberMismatch(
+            f"the adapter '{name}' was made with init_lora_weights='{start}', which took a part out of its base's "
+            "weights. That part depends on training data and was not saved.",
+            "On the base as it is here the adapter would be another one.",
+            "where it was trained, save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+            "or merge_and_unload() and save the whole model.",
+        )
 
 
 def base_name(directory: Path) -> str | None:

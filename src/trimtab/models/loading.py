@@ -12,10 +12,22 @@ import torch
 from torch import nn
 
 from trimtab.core.errors import BadSetting, MemberMismatch, UnreadableModel, unknown_name
-from trimtab.models import adapter_fit, adapters, checkpoint, kinds, quantization, references, vocabulary
+from trimtab.models import (
+    adapter_copies,
+    adapter_fit,
+    adapters,
+    checkpoint,
+    kinds,
+    quantization,
+    references,
+    vocabulary,
+)
 from trimtab.models.adapter_vocabulary import adapter_vocabulary
+from trimtab.models.adapters import Adapter
 from trimtab.models.context import context_of
+from trimtab.models.handed import Handed, look_at
 from trimtab.models.opening import is_spread, load_model, load_outline
+from trimtab.models.probe import own_logits
 from trimtab.models.references import Reference
 from trimtab.models.token_ids import FusedVocabulary
 
@@ -75,18 +87,19 @@ class Member:
     """One model that is asked at every step.
 
     model      the transformers model; an adapter's member shows the model that it sits on
-    adapter    the name by which the switch selects it; None: the bare model
+    adapter    what the switch selects; None: the bare model
     tokenizer  what its ids mean
     doubt      of an expert that is an adapter: why the base may not be the model that it was trained on; empty when
                that was checked
     tokenizer_beside   of an adapter: the tokenizer in its directory, which says nothing about the ids of its base
     resized    of an adapter: rows of its own embeddings, where their number is not that of its base
     vocabulary         of the fused model, once it is known: it says what the member reads for each id
+    own_logits         [1, time, rows] what the model computes by itself on the tokens of `trimtab.models.probe`
     """
 
     name: str
     model: Any
-    adapter: str | None = None
+    adapter: Adapter = None
     reference: Reference | None = None
     directory: Path | None = None
     tokenizer: Any = None
@@ -94,6 +107,7 @@ class Member:
     tokenizer_beside: Any = None
     resized: int | None = None
     vocabulary: FusedVocabulary | None = None
+    own_logits: torch.Tensor | None = None
 
     @property
     def chat_tokenizer(self) -> Any:
@@ -127,12 +141,20 @@ class Member:
 class MemberLoader:
     """Loads members; a directory that is asked for twice is loaded once."""
 
-    def __init__(self, placement: Placement, beside: Path | None = None, is_outline: bool = False) -> None:
-        """The loader of one fused model; see `gather`."""
+    def __init__(
+        self,
+        placement: Placement,
+        beside: Path | None = None,
+        is_outline: bool = False,
+        handed: Mapping[str, Handed] | None = None,
+    ) -> None:
+        """The loader of one fused model, see `gather`; `handed` says what loaded models are, see `look_at`."""
         self._is_outline = is_outline
         self._placement = placement
         self._beside = beside
+        self._handed = dict(handed or {})
         self._models: dict[Any, Any] = {}
+        self._own_logits: dict[int, torch.Tensor] = {}  # by the id of a bare model, before adapters were attached
         self.switches: dict[int, adapters.AdapterSwitch] = {}
 
     def member(self, name: str, source: Any, base: Member | None = None) -> Member:
@@ -156,7 +178,9 @@ class MemberLoader:
         references.check_digest(name, reference, directory)
         tokenizer = vocabulary.load_tokenizer(directory)
         if not checkpoint.is_adapter(directory):
-            return Member(name, self._load(name, reference, directory), None, reference, directory, tokenizer)
+            model = self._load(name, reference, directory)
+            logits = self._own_logits.get(id(model))
+            return Member(name, model, None, reference, directory, tokenizer, own_logits=logits)
         under, doubt = self._under(name, directory, base)
         tokens = adapter_vocabulary(name, directory, under.model)
         resized = tokens.rows if tokens.rows != under.embedded else None
@@ -166,33 +190,32 @@ class MemberLoader:
         if self._is_outline:
             adapter_fit.check_fit(name, directory, under.model)
             return Member(name, under.model, name, reference, directory, own, doubt, tokenizer, resized)
-        switch = self.switches.setdefault(id(under.model), adapters.switch_for(under.model))
         key = ("adapter", directory, id(under.model))
         if key not in self._models:
-            self._models[key] = switch.attach(name, directory)
-        return Member(name, under.model, self._models[key], reference, directory, own, doubt, tokenizer, resized)
+            self._models[key] = self._attached(name, directory, under.model)
+        model, adapter, logits = self._models[key]
+        return Member(name, model, adapter, reference, directory, own, doubt, tokenizer, resized, own_logits=logits)
 
-    def _given(self, name: str, model: Any, base: Member | None) -> Member:
-        """A member from a loaded model; a peft model stands for its active adapter on its base."""
-        adapter, recorded = None, None
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            adapter = model.active_adapter
-            recorded = model.peft_config[adapter].base_model_name_or_path
-            model = model.get_base_model()
-        if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
-            raise MemberMismatch(
-                f"member '{name}' is a {type(model).__name__}.",
-                "A member is a causal language model of transformers, a path, a zoo: name or a hub id.",
-                "load it with AutoModelForCausalLM.from_pretrained.",
-            )
-        kinds.check_loaded(name, model)
+    def _attached(self, name: str, directory: Path, base: Any) -> tuple[Any, str, torch.Tensor]:
+        """The model that carries an adapter, the adapter's name on it, and what peft computes with it."""
+        if adapter_copies.sits_on_base(adapters.read_config(name, directory)):
+            model, adapter = base, adapters.switch_for(base).attach(name, directory)
+        else:
+            model, adapter = adapter_copies.attach_apart(name, directory, base)
+        switch = self.switches.setdefault(id(model), adapters.switch_for(model))
+        return model, adapter, switch.own_logits(name, adapter)
+
+    def _given(self, name: str, source: Any, base: Member | None) -> Member:
+        """A member from a loaded model, which is read with the adapters that are on."""
+        handed = self._handed[name] if name in self._handed else look_at({name: source})[name]
+        model, adapter = handed.model, handed.adapter
         if adapters.has_adapters(model):
             self.switches[id(model)] = adapters.switch_for(model)
         doubt = ""
         # An adapter that was made in memory, on a base without a name, records none either.
-        if adapter is not None and base is not None and base.model is model and (recorded or model.config.name_or_path):
-            doubt = _doubt(recorded, _find_base(recorded, None), base)
-        return Member(name, model.eval(), adapter, doubt=doubt)
+        if adapter and base is not None and base.model is model and (handed.recorded or model.config.name_or_path):
+            doubt = _doubt(handed.recorded, _find_base(handed.recorded, None), base)
+        return Member(name, model, adapter, doubt=doubt, own_logits=handed.logits)
 
     def _under(self, name: str, directory: Path, base: Member | None) -> tuple[Member, str]:
         """The model that an adapter sits on, and what is doubtful about it (see Member).
@@ -235,7 +258,10 @@ class MemberLoader:
         quantized = self._placement.quantization_of(name)
         key = (directory, str(dtype), str(device), str(quantized))
         if key not in self._models:
-            self._models[key] = self._fresh(name, reference, directory)
+            model = self._fresh(name, reference, directory)
+            if not self._is_outline:
+                self._own_logits[id(model)] = own_logits(name, model)
+            self._models[key] = model
         return self._models[key]
 
     def _fresh(self, name: str, reference: Reference, directory: Path) -> Any:

@@ -99,7 +99,10 @@ class ForwardGrouping:
 
     def _adapter_group(self, places: list[int]) -> ForwardGroup | str:
         members = [self._runs[place] for place in places]
-        model, adapters = members[0].model, [member.adapter for member in members]
+        model = members[0].model
+        adapters = [member.adapter for member in members if not isinstance(member.adapter, tuple)]
+        if len(adapters) < len(members):
+            return "a member has several adapters on at once"
         reason = mixed_adapters.why_not(switch_on(model), adapters)
         return reason or ForwardGroup(places, members, AdapterRows(model, adapters), "adapters")
 
