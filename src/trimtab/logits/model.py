@@ -255,7 +255,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
 
     @one_pass.setter
     def one_pass(self, one_pass: OnePass) -> None:
-        reader = Reader(self.members, self.forms, self.vocabulary, one_pass)
+        reader = Reader(self.members, self.forms, self.vocabulary, one_pass, is_opening=False)
         reader.streams = Streams(reader.groups, self.streams)
         self.reader, self.config.one_pass, self._cost_model = reader, one_pass, None
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from trimtab.core.errors import MemberMismatch, TrimtabWarning
 from trimtab.models import adapters
-from trimtab.models.probe import difference
+from trimtab.models.probe import difference, same_shapes_tolerance
 
 # Ways to start LoRA's factors that leave the base's weights alone.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -133,9 +133,10 @@ def _own_bytes(model: nn.Module, base: nn.Module) -> int:
 def _check_repeatable(name: str, directory: Path, base: nn.Module, model: nn.Module, adapter: str) -> None:
     """Raises when a second attachment, whose random start differs, gives other logits than the first."""
     again, twin = _attached(name, directory, base)
-    found = difference(
-        adapters.switch_for(again).own_logits(name, twin), adapters.switch_for(model).own_logits(name, adapter), model
+    first, second = (
+        adapters.switch_for(part).own_logits(name, named) for part, named in ((model, adapter), (again, twin))
     )
+    found = difference(second, first, same_shapes_tolerance(model))
     if found is not None:
         raise MemberMismatch(
             f"the adapter '{name}' ({directory}) is another one at each loading: its logits move by {found:.2g}.",

@@ -116,7 +116,7 @@ class AdapterSwitch:
                 if self._peft is None:
                     self._peft = peft.PeftModel(self._model, config, adapter_name=adapter)
                 result = self._peft.load_adapter(str(directory), adapter_name=adapter, torch_device=self._device())
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, ImportError) as error:
             raise MemberMismatch(
                 f"the adapter '{name}' ({directory}) does not fit its base: {str(error).strip().splitlines()[-1]}",
                 "An adapter belongs to the very model that it was trained on.",
@@ -212,7 +212,7 @@ def read_config(name: str, directory: Path) -> Any:
 
     try:
         config = peft.PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
         raise UnreadableModel(
             f"'{directory}/adapter_config.json' cannot be read: {error}.", fix="save the adapter again."
         ) from error

@@ -14,7 +14,7 @@ from trimtab.core.errors import MemberMismatch
 from trimtab.models import adapters, kinds
 from trimtab.models.adapter_copies import changes_base
 from trimtab.models.adapters import Adapter
-from trimtab.models.probe import own_logits
+from trimtab.models.probe import inner_model, own_logits
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,14 @@ def look_at(sources: Mapping[str, Any]) -> dict[str, Handed]:
 
 
 def _is_wrapper(source: Any) -> bool:
-    return hasattr(source, "peft_config") and hasattr(source, "base_model") and _inner(source) is not source
-
-
-def _inner(source: Any) -> Any:
-    """The transformers model inside peft's wrapper; the source itself where there is none."""
-    from peft import PeftMixedModel, PeftModel
-
-    if isinstance(source, PeftMixedModel):
-        return source.base_model.model
-    return source.get_base_model() if isinstance(source, PeftModel) else source
+    return hasattr(source, "peft_config") and hasattr(source, "base_model") and inner_model(source) is not source
 
 
 def _look_at(name: str, source: Any, wrapped: list[Any]) -> Handed:
     configs = _configs(source)
     for config in configs.values():
         adapters.check_kind(name, config)
-    model = _inner(source)
+    model = inner_model(source)
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise MemberMismatch(
             f"member '{name}' is a {type(model).__name__}.",
@@ -70,7 +61,7 @@ def _look_at(name: str, source: Any, wrapped: list[Any]) -> Handed:
         )
     kinds.check_loaded(name, model)
     source.eval()
-    beside = [other for other in wrapped if _inner(other) is model]
+    beside = [other for other in wrapped if inner_model(other) is model]
     if not adapters.has_adapters(model):
         return Handed(model, None, None, own_logits(name, source))
     switch = adapters.switch_for(model)

@@ -225,6 +225,13 @@ class MemberLoader:
         recorded = adapters.base_name(directory)
         located = _find_base(recorded, directory)
         if base is not None:
+            if base.adapter is not None:
+                on = ", ".join(f"'{name}'" for name in adapters.names_of(base.adapter))
+                raise MemberMismatch(
+                    f"expert '{name}' is an adapter, but the base is read with another one on ({on}).",
+                    "An adapter is a change of the bare model, and so is the expert's delta.",
+                    "pass the bare base: load it anew, or call disable_adapters() on it.",
+                )
             if located is not None and base.directory is not None and not _same_model(located, base.directory):
                 raise MemberMismatch(
                     f"expert '{name}' is an adapter of '{recorded}', but the base is '{base.directory}'.",

@@ -1,6 +1,7 @@
 """One cache for all members: it shows their layers one after the other, so that `generate` can move them all at once.
 
-Cropping, reordering for beams, repeating and selecting rows are inherited: they walk over `layers`.
+Reordering for beams, repeating and selecting rows work on every kind of layer. Cropping does not work on a recurrent
+layer: it holds a running state, which cannot take tokens back.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from trimtab.core.errors import BadSetting
+from trimtab.logits.forward.memories import is_recurrent_layer, pick_rows_, rows_of
 from trimtab.models.prompts import OwnPrompts
 
 
@@ -38,7 +41,7 @@ class FusedCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the shared text that all members have seen."""
-        seen = int(super().get_seq_length(layer_idx))
+        seen = int(self.views[0].get_seq_length(layer_idx))
         if self.own is None or seen == 0:
             return seen
         return seen - max(self.own.lengths[run] for run in self.runs[0]) + self.own.shared_length
@@ -52,13 +55,38 @@ class FusedCache(Cache):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows."""
         for view, runs in zip(self.views, self.runs, strict=True):
-            view.batch_select_indices(_in_all_copies(view, len(runs), indices))
+            rows = _in_all_copies(view, len(runs), indices)
+            for layer in view.layers:
+                pick_rows_(layer, rows)
         self.own = self.own and self.own.rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times; copies stay in their order, since they are outermost."""
-        super().batch_repeat_interleave(repeats)
+        for view in self.views:
+            rows = torch.arange(rows_of(view)).repeat_interleave(repeats)
+            for layer in view.layers:
+                pick_rows_(layer, rows)
         self.own = self.own and self.own.repeated(repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens back, a negative number of them; raises BadSetting where a member cannot."""
+        self._check_croppable()
+        super().crop(tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Layers with windows keep what they would forget, so that tokens can be taken back; raises as `crop`."""
+        self._check_croppable()
+        super().activate_past_recording()
+
+    def _check_croppable(self) -> None:
+        recurrent = [layer for view in self.views for layer in view.layers if is_recurrent_layer(layer)]
+        kinds = {type(layer).__name__ for layer in recurrent if not layer.is_croppable}
+        if kinds:
+            raise BadSetting(
+                f"a member remembers by a running state ({', '.join(sorted(kinds))}), which cannot take tokens back.",
+                "Assisted generation and prompt lookup take back the tokens that were not accepted.",
+                "generate without assistant_model and prompt_lookup_num_tokens.",
+            )
 
 
 def _in_all_copies(view: Cache, copies: int, rows: Tensor) -> Tensor:

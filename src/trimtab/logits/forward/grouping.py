@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from trimtab.core.errors import BadSetting
 from trimtab.logits.forward import mixed_adapters, stacking
 from trimtab.logits.forward.groups import ForwardGroup, ForwardInputs, OneModel
 from trimtab.logits.forward.linears import ForwardHooks
+from trimtab.logits.forward.memories import Memory
 from trimtab.logits.forward.mixed_adapters import AdapterRows
 from trimtab.logits.forward.stacking import Stack
 from trimtab.models.adapters import switch_on
@@ -145,7 +145,9 @@ def _why_not_any(models: Sequence[Any]) -> str:
         return "its weights are packed by quantization"
     if found := ForwardHooks(models).finding:
         return f"it has {found}"
-    if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
+    memory = Memory(model)
+    is_usual = memory.keyword == "past_key_values"
+    if not is_usual or not all(isinstance(layer, DynamicLayer) for layer in memory.new_cache().layers):
         return "the model remembers in another way than by attention"
     return ""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimtab.core.errors import BadSetting, NumericalError
 from trimtab.logits.forward.cache import FusedCache
+from trimtab.logits.forward.checks import check_groups
 from trimtab.logits.forward.devices import devices_of, queues, run_queues
 from trimtab.logits.forward.grouping import ForwardGrouping, OnePass
 from trimtab.logits.forward.groups import ForwardGroup, ForwardInputs, OneModel
@@ -67,8 +68,14 @@ class Reader:
     """
 
     def __init__(
-        self, members: Members, forms: Mapping[str, PromptForm], vocabulary: FusedVocabulary, one_pass: OnePass = "auto"
+        self,
+        members: Members,
+        forms: Mapping[str, PromptForm],
+        vocabulary: FusedVocabulary,
+        one_pass: OnePass = "auto",
+        is_opening: bool = True,
     ) -> None:
+        """Groups the members and checks how they are read; `is_opening`: their weights are those they came with."""
         self._members, self._vocabulary, self._vocab_size = members, vocabulary, vocabulary.size
         for member in members:
             member.vocabulary = vocabulary
@@ -81,6 +88,7 @@ class Reader:
         self.run_of = [list(runs).index(key) for key in keys]
         self.run_named = dict(zip((member.name for member in members), self.run_of, strict=True))
         self.groups = ForwardGrouping(self.runs, one_pass).groups()
+        check_groups(self.groups, is_opening)
         self.streams = Streams(self.groups, is_on=False)
         self.queues = queues([devices_of(group) for group in self.groups])
 

@@ -62,23 +62,35 @@ def why_not(model: Any, plan: Plan, task: Task) -> str | None:
     """
     if plan.speculate == 0:
         return NOT_ASKED
-    reason = planning.obstacle(
-        model.strategy,
-        task.cache,
-        task.input_ids.shape[0],
-        task.processors,
-        task.stopping,
-        task.model_kwargs.get("attention_mask"),
-        task.streamer,
-        task.config,
-        task.synced,
-        task.past > 0,
-    ) or _own_positions(task)
+    reason = (
+        planning.obstacle(
+            model.strategy,
+            task.cache,
+            task.input_ids.shape[0],
+            task.processors,
+            task.stopping,
+            task.model_kwargs.get("attention_mask"),
+            task.streamer,
+            task.config,
+            task.synced,
+            task.past > 0,
+        )
+        or _own_positions(task)
+        or _mistaken_padding(model.reader, task.input_ids.shape[0])
+    )
     if reason is not None and plan.speculate != AUTO:
         raise planning.refuse(reason, plan.speculate)
     if reason is None and plan.speculate == AUTO:
         reason = planning.small_strong(model.members, model.reader, model.strategy, plan.draft)
     return reason
+
+
+def _mistaken_padding(reader: Any, rows: int) -> str | None:
+    """Rows that accept different numbers of drafted tokens are padded on the left."""
+    for group in reader.groups:
+        if rows > 1 and (group.limits.rows_alone or group.limits.one_row):
+            return f"member '{group.members[0].name}' takes padding for text, and rows keep lengths of their own"
+    return None
 
 
 def _own_positions(task: Task) -> str | None:
