@@ -68,6 +68,11 @@ class FusedCache(Cache):  # type: ignore[misc]
                 pick_rows_(layer, rows)
         self.own = self.own and self.own.repeated(repeats)
 
+    def reset(self) -> None:
+        """Forgets everything."""
+        for view in self.views:
+            view.reset()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens back, a negative number of them; raises BadSetting where a member cannot."""
         self._check_croppable()

@@ -1,7 +1,7 @@
 """Every member is read at opening: as the model reads by itself, padded, and with a cache; on a few tokens.
 
 A member that is read differently from how the model computes by itself is an error. What a model cannot do with
-padding or with a cache is noted in its group's `limits`, and the group does it in another way or refuses it. Five short
+padding or with a cache is noted in its group's `limits`, and the group does it in another way or refuses it. Six short
 forwards per member decide; only if they disagree are there more, to find out why.
 """
 
@@ -88,13 +88,16 @@ class GroupCheck:
         if self._group.memory.keyword is None:
             limits.no_cache = f"{type(self._model).__name__} takes none"
             limits.rows_alone = bool(self._fails(padded, [time]))
-        elif self._fails(padded, chunks, is_cached=True):
+        elif self._fails(padded, chunks, is_cached=True, is_disturbed=True):
             self._find_limits(single, padded, chunks)
 
     def _find_limits(self, single: "Text", padded: "Text", chunks: list[int]) -> None:
         time, limits = sum(chunks), self._group.limits
         limits.rows_alone = bool(self._fails(padded, [time]))
-        limits.no_cache = self._fails(single, [chunks[0], 1, 1, 1], is_cached=True)
+        steps = [chunks[0], 1, 1, 1]
+        limits.no_cache = self._fails(single, steps, is_cached=True)
+        if not limits.no_cache and self._fails(single, steps, is_cached=True, is_disturbed=True):
+            limits.no_cache = "it keeps a state in its own modules, where the next text replaces it"
         if limits.no_cache:
             return
         limits.one_by_one = bool(self._fails(single, chunks, is_cached=True))
@@ -116,11 +119,19 @@ class GroupCheck:
                     "merge its adapters into a model of its own (peft's merge_and_unload()), and pass that.",
                 )
 
-    def _fails(self, text: "Text", chunks: Sequence[int], is_cached: bool = False) -> str:
-        """How reading in these chunks differs from what is expected; empty when it does not, or is refused."""
+    def _fails(self, text: "Text", chunks: Sequence[int], is_cached: bool = False, is_disturbed: bool = False) -> str:
+        """How reading in these chunks differs from what is expected; empty when it does not, or is refused.
+
+        is_disturbed    whether another text is read after the first chunk, into a cache of its own
+        """
+        first, *rest = self._inputs(text.ids, chunks, text.mask)
         try:
             cache = self._group.memory.new_cache() if is_cached else None
-            parts = [self._group.read(feeds, cache) for feeds in self._inputs(text.ids, chunks, text.mask)]
+            parts = [self._group.read(first, cache)]
+            if is_disturbed:
+                other = self._inputs(text.ids.flip(-1), chunks[:1])[0]
+                self._group.read(other, self._group.memory.new_cache())
+            parts += [self._group.read(feeds, cache) for feeds in rest]
         except BadSetting:  # a limit that is known by now
             return ""
         except FAILURES as error:
