@@ -18,7 +18,8 @@ def check_fit(name: str, directory: Path, model: Any) -> None:
     model     may lie on the meta device
     raises    MemberMismatch; UnreadableModel where the adapter cannot be read
     """
-    read_config(name, directory)
+    if getattr(read_config(name, directory), "layer_replication", None):
+        return  # its layers are those of the model that it makes
     modules = dict(model.named_modules())
     for key, tensor in checkpoint.tensors(directory).items():
         match = LORA.match(key)

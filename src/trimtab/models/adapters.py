@@ -95,7 +95,6 @@ class AdapterSwitch:
         raises    MemberMismatch when it does not fit, UnreadableModel when it cannot be read
         """
         config = read_config(name, directory)
-        check_start(name, config)
         with model_lock(self._model):  # which another thread may be reading
             return self._attach(name, directory, config)
 
@@ -218,6 +217,7 @@ def read_config(name: str, directory: Path) -> Any:
         ) from error
     config.inference_mode = True
     check_kind(name, config)
+    _check_start(name, config)
     return config
 
 
@@ -237,7 +237,7 @@ def check_kind(name: str, config: Any) -> None:
         )
 
 
-def check_start(name: str, config: Any) -> None:
+def _check_start(name: str, config: Any) -> None:
     """Raises MemberMismatch for a saved adapter whose base depends on data that was not saved with it."""
     start = getattr(config, "init_lora_weights", True)
     if start in ("corda", "lora_ga"):

@@ -155,7 +155,8 @@ def test_a_small_member_may_be_recurrent_too():
 
 def test_all_members_may_be_recurrent():
     base = make("rwkv")
-    fused = FusedCausalLM.from_members(make("mamba"), base, {"a": make("rwkv")}, "static", tiny.make_tokenizer())
+    experts = {"a": tiny.tuned(base, 3, 0.1)}
+    fused = FusedCausalLM.from_members(make("mamba"), base, experts, "static", tiny.make_tokenizer())
     fused.generation_config.eos_token_id = fused.config.eos_token_id = None
     assert torch.equal(new_tokens(fused, IDS), new_tokens(fused, IDS, use_cache=False))
     cache = fused(IDS, use_cache=True).past_key_values
@@ -186,4 +187,4 @@ def test_a_model_without_a_cache_needs_the_users_word():
     with pytest.raises(BadSetting, match="cannot be read with a cache"):
         fused(IDS)
     fused.config.use_cache = False
-    torch.testing.assert_close(fused(IDS).logits, strong(IDS).logits.log_softmax(-1))
+    torch.testing.assert_close(fused(IDS).logits, strong(IDS).logits, atol=1e-4, rtol=1e-4)
