@@ -91,20 +91,22 @@ def arrivals(count: int, rate: float, draw: random.Random) -> list[float]:
     return times
 
 
-def send(url: str, model: str, jobs: Sequence[Job], most_under_way: int | None = None) -> list[Answer]:
+def send(
+    url: str, model: str, jobs: Sequence[Job], most_under_way: int | None = None, key: str = "none"
+) -> list[Answer]:
     """Sends the jobs when they are due, and waits for all answers.
 
     most_under_way   with this, requests that are due wait until fewer are under way
     raises           TrimtabError where one failed: a measurement with holes is none
     """
-    return asyncio.run(_send_all(url, model, jobs, most_under_way))
+    return asyncio.run(_send_all(url, model, jobs, most_under_way, key))
 
 
-async def _send_all(url: str, model: str, jobs: Sequence[Job], most: int | None) -> list[Answer]:
+async def _send_all(url: str, model: str, jobs: Sequence[Job], most: int | None, key: str) -> list[Answer]:
     from openai import AsyncOpenAI, OpenAIError
 
     slots = asyncio.Semaphore(most or len(jobs))
-    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=TIME_LIMIT) as client:
+    async with AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=TIME_LIMIT) as client:
         start = asyncio.get_running_loop().time()
         try:
             return list(await asyncio.gather(*(_send_one(client, model, job, start, slots) for job in jobs)))

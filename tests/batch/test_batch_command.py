@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from asking import chat, complete, read_rows, texts, write_rows
-from trimtab.batch.job import Place, Settings, run_batch
+from trimtab.batch.job import Settings, Workers, run_batch
 from trimtab.cli.main import main
 from trimtab.core.errors import InputError, UnknownName
 
 IN_PROCESS = ("--workers", "0", "--engine", "transformers")
-HERE, TRANSFORMERS = Place(workers=0), Settings("transformers")
+HERE, TRANSFORMERS = Workers(workers=0), Settings("transformers")
 
 
 def rows_of(count):
@@ -134,7 +134,7 @@ def stopped(fused_dir, tmp_path, rows):
 
     source = write_rows(tmp_path / "in.jsonl", rows)
     with pytest.raises(KeyboardInterrupt):
-        run_batch(fused_dir, source, tmp_path / "out.jsonl", TRANSFORMERS, Place(0, 2), advance=stop)
+        run_batch(fused_dir, source, tmp_path / "out.jsonl", TRANSFORMERS, Workers(0, 2), advance=stop)
     return source, tmp_path / "out.jsonl"
 
 

@@ -144,7 +144,7 @@ def test_no_mixture_of_settings_waits_for_the_device(chooser):
 
     def work(logits):
         assert steering.fuse(logits, logits[0]).shape == (ROWS, VOCAB)
-        assert steering.tally._sums
+        assert steering.histograms._sums
 
     assert waits(work, *[(ROWS, VOCAB)] * 4) == []
 

@@ -9,7 +9,7 @@ import torch
 from trimtab import make_strategy
 from trimtab.core.divergence import kl_nats
 from trimtab.logits.registry import AMOUNTS
-from trimtab.serving.histograms import KL_EDGES, Tally
+from trimtab.serving.histograms import KL_EDGES, Histograms
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
 from trimtab.serving.steering import RowOwners, Steering, fuse_each
 from trimtab.serving.traces import REQUESTS_KEPT, TraceBook, TraceKey
@@ -111,9 +111,9 @@ def test_an_engine_fuses_counts_and_keeps(monkeypatch) -> None:
     whole = steering.fuse(logits, torch.zeros(ROWS, 1))
     expected = fuse_each(strong, base, experts, owners.settings, steering.plan.strategy)
     same(whole, expected.log_probs)
-    tally = steering.tally.to_dict()
-    assert sum(sum(counts["buckets"]) for counts in tally["alpha"].values()) == 5
-    same(sum(counts["sum"] for counts in tally["kl_nats"].values()), float(expected.kl_nats[:5].sum()))
+    histograms = steering.histograms.to_dict()
+    assert sum(sum(counts["buckets"]) for counts in histograms["alpha"].values()) == 5
+    same(sum(counts["sum"] for counts in histograms["kl_nats"].values()), float(expected.kl_nats[:5].sum()))
     steps = steering.traces.steps(a, 4)
     assert [step["kl_nats"] for step in steps] == pytest.approx(expected.kl_nats[[0, 2]].tolist())
     assert steps[0]["alpha"] == pytest.approx(dict(zip(NAMES, expected.alpha[:, 0].tolist(), strict=True)))
@@ -122,7 +122,7 @@ def test_an_engine_fuses_counts_and_keeps(monkeypatch) -> None:
     monkeypatch.setattr("trimtab.serving.batch_fusion.CHUNK_NUMBERS", VOCAB * 4 * 2)
     pieces = steering_of(owners)
     same(pieces.fuse(logits, torch.zeros(ROWS, 1)), whole)
-    assert pieces.tally.to_dict()["alpha"]["math"]["buckets"] == tally["alpha"]["math"]["buckets"]
+    assert pieces.histograms.to_dict()["alpha"]["math"]["buckets"] == histograms["alpha"]["math"]["buckets"]
     assert pieces.traces.steps(a, 4) == steps
 
 
@@ -131,21 +131,21 @@ def test_rows_of_nobody_are_fused_and_not_counted() -> None:
     steering = steering_of(None)
     fused = steering.fuse([strong, base, *experts], torch.zeros(ROWS, 1))
     same(fused, steering.plan.strategy(strong, base, experts).log_probs)
-    assert steering.tally.to_dict() == {}
+    assert steering.histograms.to_dict() == {}
 
 
 def test_the_tally_puts_values_under_the_edges_that_hold_them() -> None:
-    tally = Tally(NAMES)
+    histograms = Histograms(NAMES)
     strong, base, experts = members(6)
     fusion = make_strategy("static", "only", NAMES, expert="facts", alpha=0.5)(strong, base, experts)
-    tally.add(fusion)
-    tally.add(fusion)
-    found = tally.to_dict()
+    histograms.add(fusion)
+    histograms.add(fusion)
+    found = histograms.to_dict()
     assert found["alpha"]["facts"] == {"sum": pytest.approx(0.5 * 2 * ROWS), "buckets": [0, 0, 2 * ROWS] + [0] * 7}
     assert sum(found["alpha"]["math"]["buckets"]) == sum(found["alpha"]["none"]["buckets"]) == 0
     under_one = int((fusion.kl_nats <= 1.0).sum())
     assert sum(found["kl_nats"]["facts"]["buckets"][: KL_EDGES.index(1.0) + 1]) == 2 * under_one
-    silent = Tally(NAMES)
+    silent = Histograms(NAMES)
     silent.add(make_strategy("contrastive", expert_names=NAMES)(strong, base, experts))
     assert sum(silent.to_dict()["kl_nats"]["none"]["buckets"]) == ROWS
 

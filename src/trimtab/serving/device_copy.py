@@ -1,4 +1,4 @@
-"""Small tables of the host's, sent to the device without waiting for it."""
+"""Small tables copied from host to device without waiting for the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 
-def sent(values: Sequence[Any], device: torch.device) -> Tensor:
-    """A tensor of these numbers on a device; the host goes on at once.
+def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor of these numbers on a device; returns before the copy is done.
 
-    On CUDA a copy from ordinary memory waits until all that is queued before it is done; one from pinned memory is
-    queued itself.
+    On CUDA a copy from ordinary memory waits for all work that is queued before it. One from pinned memory is queued.
     """
     return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -1,10 +1,10 @@
-"""How vLLM reads what is written for a setting that is true or false."""
+"""Booleans as vLLM reads them."""
 
 from typing import Any
 
 OFF = frozenset({"0", "off", "f", "false", "n", "no"})  # what pydantic reads as false
 
 
-def is_on(value: Any) -> bool:
-    """Whether vLLM takes this for true: it reads words, too."""
+def parse_bool(value: Any) -> bool:
+    """Whether vLLM reads this value, a boolean or a word such as "off", as true."""
     return value.lower() not in OFF if isinstance(value, str) else bool(value)

@@ -15,8 +15,8 @@ from torch import Tensor
 from trimtab.core.divergence import kl_nats
 from trimtab.logits.strategy.fusion import Fusion, Strategy
 from trimtab.serving.batch_fusion import laws_of, parted, zero_points
-from trimtab.serving.device_copy import sent
-from trimtab.serving.histograms import Tally
+from trimtab.serving.device_copy import to_device
+from trimtab.serving.histograms import Histograms
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
 from trimtab.serving.traces import TraceBook, TraceKey
 
@@ -56,7 +56,7 @@ class Steering:
         """
         self.plan = plan
         self.owners = owners
-        self.tally = Tally(plan.strategy.expert_names)
+        self.histograms = Histograms(plan.strategy.expert_names)
         self.traces = TraceBook(plan.strategy.expert_names)
 
     def warm_up(self, device: torch.device) -> None:
@@ -83,7 +83,7 @@ class Steering:
     def _remember(self, fusion: Fusion, owners: RowOwners, piece: slice) -> None:
         is_counted = owners.is_counted[piece]
         if any(is_counted):
-            self.tally.add(fusion, None if all(is_counted) else is_counted)
+            self.histograms.add(fusion, None if all(is_counted) else is_counted)
         keys = owners.keys[piece]
         if any(key is not None for key in keys):
             self.traces.add(fusion, keys, owners.positions[piece])
@@ -109,8 +109,8 @@ def fuse_each(
     if len(groups) == 1:
         return _fuse_alike(strong, base, experts, next(iter(groups)), present)
     order = [row for members in groups.values() for row in members]
-    places = sent([order, sorted(range(len(order)), key=order.__getitem__)], strong.device)  # [there and back, row]
-    there, back = torch.split(places[0], [len(members) for members in groups.values()]), places[1]
+    index = to_device([order, sorted(range(len(order)), key=order.__getitem__)], strong.device)  # [there and back, row]
+    there, back = torch.split(index[0], [len(members) for members in groups.values()]), index[1]
     parts = [
         _fuse_alike(strong[rows], base[rows], experts[:, rows], asked, present)
         for asked, rows in zip(groups, there, strict=True)

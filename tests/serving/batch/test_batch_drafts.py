@@ -10,7 +10,7 @@ import torch
 import tiny
 from asking import chat, complete, read_rows, texts, write_rows
 from trimtab import FusedCausalLM
-from trimtab.batch.job import Place, Settings, make_answering, run_batch
+from trimtab.batch.job import Settings, Workers, make_answering, run_batch
 from trimtab.batch.vllm_engine import VllmEngine
 from trimtab.cli.main import main
 
@@ -59,7 +59,7 @@ def test_the_directorys_drafter_drafts_it_is_said_and_texts_stay_the_fused_model
     assert "'math' drafts 3 tokens at a time.\n" in capsys.readouterr().err
     told = {metric.name: metric.value for metric in engines[0]._llm.get_metrics() if hasattr(metric, "value")}
     assert told["vllm:spec_decode_num_draft_tokens"] > 0
-    run_batch(fused_dir, source, tmp_path / "ours.jsonl", Settings("transformers", dtype="float32"), Place(0))
+    run_batch(fused_dir, source, tmp_path / "ours.jsonl", Settings("transformers", dtype="float32"), Workers(0))
     theirs, ours = (read_rows(tmp_path / name) for name in ("vllm.jsonl", "ours.jsonl"))
     assert [texts(row) for row in theirs] == [texts(row) for row in ours]
     usages = [[row["response"]["body"]["usage"] for row in rows] for rows in (theirs, ours)]
@@ -82,12 +82,12 @@ def test_nobody_drafts_where_a_row_asks_for_what_drafts_would_break(fused_dir, t
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_batch(fused_dir, source, tmp_path / "out.jsonl", Settings("vllm"), Place(0), tell=run_until_told)
+        run_batch(fused_dir, source, tmp_path / "out.jsonl", Settings("vllm"), Workers(0), tell=run_until_told)
     assert told[0].startswith(f"Nobody drafts: {why}")
     assert not (tmp_path / "out.jsonl.part").exists()
     source = write_rows(source, [*ROWS, row | {"body": row["body"] | {"temperature": 0, "min_p": 0, "min_tokens": 1}}])
     with pytest.raises(KeyboardInterrupt):
-        run_batch(fused_dir, source, tmp_path / "out.jsonl", Settings("vllm"), Place(0), tell=run_until_told)
+        run_batch(fused_dir, source, tmp_path / "out.jsonl", Settings("vllm"), Workers(0), tell=run_until_told)
     assert told[1] == "'math' drafts 3 tokens at a time."
 
 
@@ -98,9 +98,9 @@ def test_texts_of_one_length_only_are_drafted_too(fused_dir, tmp_path, engines):
     rows[-1]["body"]["max_completion_tokens"] = 4
     source, told = write_rows(tmp_path / "in.jsonl", rows), []
     settings = Settings("vllm", dtype="float32", options={"max_num_seqs": 8})
-    run_batch(fused_dir, source, tmp_path / "vllm.jsonl", settings, Place(0), tell=told.append)
+    run_batch(fused_dir, source, tmp_path / "vllm.jsonl", settings, Workers(0), tell=told.append)
     assert told == ["'math' drafts 3 tokens at a time."]
-    run_batch(fused_dir, source, tmp_path / "ours.jsonl", Settings("transformers", dtype="float32"), Place(0))
+    run_batch(fused_dir, source, tmp_path / "ours.jsonl", Settings("transformers", dtype="float32"), Workers(0))
     theirs, ours = (read_rows(tmp_path / name) for name in ("vllm.jsonl", "ours.jsonl"))
     assert [texts(row) for row in theirs] == [texts(row) for row in ours]
     assert [row["response"]["body"]["usage"]["completion_tokens"] for row in theirs[-2:]] == [4, 4]
@@ -125,7 +125,7 @@ def test_automatic_drafts_know_of_an_option_with_which_windows_are_masks(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_batch(tmp_path / "all" / "fused", source, tmp_path / "out.jsonl", settings, Place(0), tell=stop)
+        run_batch(tmp_path / "all" / "fused", source, tmp_path / "out.jsonl", settings, Workers(0), tell=stop)
     if are_masks:
         given = []
 

@@ -13,6 +13,7 @@ from fusing import check_same_tokens
 @contextmanager
 def engine(directory, **options):
     """vLLM on a directory, float32, eager; gone afterwards."""
+    gc.freeze()  # vLLM collects garbage five times as an engine starts: it need not look through all imports again
     # max_num_seqs is small on purpose: requests queue, join and leave while others run.
     usual = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64, "disable_log_stats": False}
     llm = LLM(str(directory), **usual | options)
@@ -21,8 +22,7 @@ def engine(directory, **options):
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # collects garbage, too
 
 
 def served(llm, prompts, **options):

@@ -9,7 +9,7 @@ from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from trimtab import make_strategy
-from trimtab.serving.http.engine_client import SteeredEngine, Watched, _is_part
+from trimtab.serving.http.engine_client import SteeredEngine, TracedRequest, _is_part
 from trimtab.serving.http.routes import show_metrics, show_trace
 from trimtab.serving.requests import SEVERAL
 
@@ -110,12 +110,12 @@ def test_keys_are_our_own_and_say_whether_there_are_several_choices():
 @pytest.mark.parametrize("is_new_only", [True, False])
 def test_tokens_are_taken_down_as_far_as_there_is_room(monkeypatch, is_new_only):
     monkeypatch.setattr("trimtab.serving.http.engine_client.POSITIONS_KEPT", 5)
-    watched = Watched("a")
+    traced = TracedRequest("a")
     for count in (2, 4):
         for index in (0, 1):
-            watched.hear(index, range(2) if is_new_only else range(count), is_new_only)
-    assert [len(watched.choices[index]) for index in (0, 1)] == [3, 2]
-    assert watched.said == {0: 4, 1: 4}
+            traced.add(index, range(2) if is_new_only else range(count), is_new_only)
+    assert [len(traced.choices[index]) for index in (0, 1)] == [3, 2]
+    assert traced.lengths == {0: 4, 1: 4}
 
 
 def test_which_requests_belong_to_a_response():

@@ -1,19 +1,16 @@
-"""The server among random clients, and the load generator, against a server of their own.
+"""The server among random clients, against a server of their own.
 
 `make soak` asks for ten minutes (TRIMTAB_SOAK_SECONDS), with drafts and vLLM's own limit of tokens in a step.
 """
 
 import asyncio
-import math
 import os
 import random
 import sys
 
 import pytest
 from bench.served import running
-from bench.traffic import figures_of, jobs_of, send
 
-from bench import served
 from soaking import Outcomes, Settings, Visitor, client_of, command, soak, write_fused
 
 SECONDS = float(os.environ.get("TRIMTAB_SOAK_SECONDS", "20"))
@@ -29,37 +26,6 @@ def lone_server(tmp_path_factory):
     write_fused(folder / "zoo")
     with running(command(folder / "zoo", SETTINGS), folder, more={"OMP_NUM_THREADS": "1"}) as server:
         yield server
-
-
-def test_requests_are_sent_when_due_and_answered_in_full(lone_server):
-    jobs = jobs_of("arithmetic", 6, 4.0, seed=0)
-    answers = send(lone_server.url, served.MODEL, jobs)
-    assert [answer.tokens for answer in answers] == [job.tokens for job in jobs]
-    for answer, job in zip(answers, jobs, strict=True):
-        assert answer.due == job.at_seconds <= answer.sent < answer.moments[0][0]
-        assert [count for _, count in answer.moments] == sorted({count for _, count in answer.moments})
-    found = figures_of(answers)
-    assert found["tokens"] == sum(job.tokens for job in jobs)
-    assert 0 < found["itl_ms"] <= found["itl_p95_ms"]
-    assert found["seconds"] > jobs[-1].at_seconds
-
-
-def test_as_many_as_allowed_are_under_way(lone_server):
-    answers = send(lone_server.url, served.MODEL, jobs_of("facts", 6, math.inf, seed=0), most_under_way=2)
-    ends = sorted(answer.moments[-1][0] for answer in answers)
-    starts = sorted(answer.sent for answer in answers)
-    assert all(start >= end for start, end in zip(starts[2:], ends, strict=False))
-
-
-@pytest.mark.parametrize("choices", [257, 10**9])
-def test_more_choices_than_there_can_be_are_no_matter_of_trying_again(lone_server, choices):
-    async def ask():
-        async with client_of(lone_server) as client:
-            return await client.post("/v1/completions", json={"model": served.MODEL, "prompt": "a", "n": choices})
-
-    answer = asyncio.run(ask())
-    assert answer.status_code == 400, answer.text
-    assert "VLLM_MAX_N_SEQUENCES" in answer.text
 
 
 @pytest.mark.thorough

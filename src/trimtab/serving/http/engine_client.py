@@ -1,5 +1,8 @@
-"""In the API process: every request's own settings are checked before the engine sees it, and the tokens of traced ones
-are remembered, so that their traces can be told token by token."""
+"""vLLM's engine client in the API process, with settings per request.
+
+It checks each request's settings before the engine gets it, and keeps the tokens of traced requests, so that a trace
+can name them.
+"""
 
 import asyncio
 import re
@@ -23,28 +26,28 @@ PART = re.compile(r"[-_][0-9]+")
 
 
 @dataclass
-class Watched:
-    """What a traced request has said so far.
+class TracedRequest:
+    """The tokens of a traced request so far.
 
-    request         vLLM's id, which a client may choose, so that two requests may have the same
-    key             ours, under which the workers keep its steps: nobody can choose or guess it
+    request         vLLM's id; a client may choose it, so two requests may have the same
+    key             ours, under which the workers keep its steps; random, so that no client can choose or guess it
     prompt_tokens   how many tokens its prompt has
     choices         {number of the choice: token ids}, at most `POSITIONS_KEPT` of all choices
-    said            {number of the choice: how many tokens it has}, also those beyond
+    lengths         {number of the choice: how many tokens it has}, those that are not kept included
     """
 
     request: str
     key: str = field(default_factory=lambda: TRACE_KEY + uuid4().hex)
     prompt_tokens: int = 0
     choices: dict[int, list[int]] = field(default_factory=dict)
-    said: dict[int, int] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)
 
-    def hear(self, index: int, token_ids: Sequence[int], is_new_only: bool) -> None:
-        """Takes down the tokens of a choice: those that are new, or all so far."""
+    def add(self, index: int, token_ids: Sequence[int], is_new_only: bool) -> None:
+        """Keeps the tokens of a choice, given those that are new, or all so far, as far as there is room."""
         kept = self.choices.setdefault(index, [])
-        before = self.said.get(index, 0)
+        before = self.lengths.get(index, 0)
         new = token_ids if is_new_only else token_ids[before:]
-        self.said[index] = before + len(new)
+        self.lengths[index] = before + len(new)
         room = POSITIONS_KEPT - sum(map(len, self.choices.values()))
         if len(kept) == before:  # nothing is left out yet
             kept.extend(new[: max(0, room)])
@@ -60,7 +63,7 @@ class SteeredEngine:
         """
         self.engine = engine
         self.strategy = strategy
-        self._watched: deque[Watched] = deque(maxlen=REQUESTS_KEPT)
+        self._traced: deque[TracedRequest] = deque(maxlen=REQUESTS_KEPT)
         self._drafts = engine.vllm_config.speculative_config is not None
         self._generate, self._check_admission = engine.generate, engine.check_admission
         engine.generate, engine.check_admission = self.generate, self.check_admission
@@ -89,17 +92,17 @@ class SteeredEngine:
         except InputError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
         self._check_beside_drafts(sampling_params)
-        watched = None if asked.trace is None else Watched(request_id)
-        if watched is not None:
+        traced = None if asked.trace is None else TracedRequest(request_id)
+        if traced is not None:
             sampling_params = sampling_params.clone()
-            mark = watched.key + (SEVERAL if sampling_params.n > 1 else "")
+            mark = traced.key + (SEVERAL if sampling_params.n > 1 else "")
             sampling_params.extra_args = {**sampling_params.extra_args, "trace": mark}
         outputs = self._generate(prompt, sampling_params, request_id, *args, **kwargs)
         if getattr(sampling_params, "structured_outputs", None) is not None:
-            outputs = _blame_grammar(outputs)
-        if watched is not None:
-            self._watched.append(watched)
-            outputs = _watch(outputs, watched, sampling_params.output_kind == RequestOutputKind.DELTA)
+            outputs = _name_grammar(outputs)
+        if traced is not None:
+            self._traced.append(traced)
+            outputs = _record(outputs, traced, sampling_params.output_kind == RequestOutputKind.DELTA)
         return outputs
 
     def _check_beside_drafts(self, sampling_params: Any) -> None:
@@ -115,8 +118,8 @@ class SteeredEngine:
     async def ask_workers(self, method: str, *args: Any) -> list[Any]:
         """What every worker answers; raises TimeoutError where that takes more than `SECONDS_FOR_ENGINE`.
 
-        vLLM 0.32 is told of no time limit: with one process it overlooks it, and with several it would leave the late
-        answers in their queues, to be taken for those of the next call. So it is the asker who stops to wait.
+        vLLM gets no time limit: with one process it ignores it, and with several it would leave late answers in their
+        queues, and the next call would take them for its own. So the time limit is kept here.
         """
         asked = self.engine.collective_rpc(method, timeout=None, args=args)
         answers: list[Any] = await asyncio.wait_for(asked, SECONDS_FOR_ENGINE)
@@ -132,24 +135,24 @@ class SteeredEngine:
         raises        TimeoutError as `ask_workers`
         """
         asked = [
-            (watched, index, list(token_ids), watched.said[index])  # as they are now: the texts may go on meanwhile
-            for watched in self._watched
-            if watched.request == response_id or _is_part(watched.request, response_id)
-            for index, token_ids in sorted(watched.choices.items())
+            (traced, index, list(token_ids), traced.lengths[index])  # as they are now: the texts may go on meanwhile
+            for traced in self._traced
+            if traced.request == response_id or _is_part(traced.request, response_id)
+            for index, token_ids in sorted(traced.choices.items())
         ]
         if not asked:
             return []
-        places = [(watched.key, index, watched.prompt_tokens - 1) for watched, index, _, _ in asked]
+        places = [(traced.key, index, traced.prompt_tokens - 1) for traced, index, _, _ in asked]
         answers = await self.ask_workers("trimtab_traces", places)
         kept = max(answers, key=lambda steps: sum(map(len, steps)))  # processes that get no logits keep nothing
         found = []
-        for (watched, index, token_ids, said), steps in zip(asked, kept, strict=True):
+        for (traced, index, token_ids, said), steps in zip(asked, kept, strict=True):
             tokens = [
                 {"token_id": token, "token": self._text(token), **step}
                 for token, step in zip(token_ids, steps, strict=False)  # the engine is ahead of what was sent
             ]
             is_whole = len(tokens) == said
-            found.append({"request": watched.request, "index": index, "tokens": tokens, "is_whole": is_whole})
+            found.append({"request": traced.request, "index": index, "tokens": tokens, "is_whole": is_whole})
         return found
 
     def _text(self, token: int) -> str:
@@ -165,8 +168,8 @@ def _is_part(request: str, response_id: str) -> bool:
     return request.startswith(response_id) and PART.fullmatch(request, len(response_id)) is not None
 
 
-async def _blame_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """Tells the client whose grammar allows no text; vLLM 0.32 would answer 500."""
+async def _name_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Raises a client error if the grammar allows no text; vLLM would answer 500."""
     async for output in outputs:
         if any(choice.finish_reason == "error" for choice in output.outputs):
             raise VLLMValidationError(
@@ -176,9 +179,9 @@ async def _blame_grammar(outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield output
 
 
-async def _watch(outputs: AsyncIterator[Any], watched: Watched, is_new_only: bool) -> AsyncIterator[Any]:
+async def _record(outputs: AsyncIterator[Any], traced: TracedRequest, is_new_only: bool) -> AsyncIterator[Any]:
     async for output in outputs:
-        watched.prompt_tokens = watched.prompt_tokens or len(output.prompt_token_ids or ())
+        traced.prompt_tokens = traced.prompt_tokens or len(output.prompt_token_ids or ())
         for choice in output.outputs:
-            watched.hear(choice.index, choice.token_ids, is_new_only)
+            traced.add(choice.index, choice.token_ids, is_new_only)
         yield output

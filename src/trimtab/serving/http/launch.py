@@ -185,7 +185,7 @@ def vllm_words(settings: ServeSettings, is_cpu: bool, has_template: bool) -> lis
 
 
 def _spelled(passed_on: Sequence[str]) -> list[str]:
-    """The words passed on, with a file of options named as vLLM 0.32 understands it: `--config=FILE` it overlooks."""
+    """The words passed on, with `--config=FILE` as two words: vLLM ignores it as one."""
     pieces = [word.split("=", 1) if word.startswith("--config=") else [word] for word in passed_on]
     return [word for piece in pieces for word in piece]
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from trimtab.serving.http.defaults import LARGEST_BODY_MIB, MOST_REQUESTS, PROMPTS
-from trimtab.serving.parse_bool import is_on
+from trimtab.serving.parse_bool import parse_bool
 from trimtab.serving.requests import names_of_settings
 
 Scope = MutableMapping[str, Any]
@@ -188,7 +188,7 @@ def _trouble(body: bytes, path: str, most_prompts: int) -> str | None:
         return None
     if path not in STEERED_PATHS:
         return f"vllm_xargs have no effect at {path[:100]}; they have at {', '.join(sorted(STEERED_PATHS))}."
-    if is_on(content.get("use_beam_search")):
+    if parse_bool(content.get("use_beam_search")):
         return "vllm_xargs do not reach beam search: leave one of them out."
     return None
 
@@ -200,7 +200,7 @@ def _is_empty_answer(item: Any) -> bool:
 
 def _is_set(name: str, value: Any) -> bool:
     """Whether a setting asks for something: a trace that is not wanted does not."""
-    return is_on(value) if name == "trace" else value is not None
+    return parse_bool(value) if name == "trace" else value is not None
 
 
 def _listed(value: Any) -> list[Any]:

@@ -55,13 +55,13 @@ async def show_metrics(request: Request) -> Response:
     """Text format of Prometheus."""
     steered: SteeredEngine = request.app.state.trimtab
     try:
-        tallies = await steered.ask_workers("trimtab_tally")
+        counted = await steered.ask_workers("trimtab_histograms")
     except TimeoutError:
         return _busy()
     name = request.app.state.openai_serving_models.base_model_paths[0].name
     # Processes that share a model count the same rows; only those that have the logits count at all.
-    tallies = [tally for tally in tallies if tally][:1]
-    return Response(metrics.render(get_prometheus_registry(), tallies, name), media_type=METRICS_TYPE)
+    counted = [histograms for histograms in counted if histograms][:1]
+    return Response(metrics.render(get_prometheus_registry(), counted, name), media_type=METRICS_TYPE)
 
 
 async def show_steering(request: Request) -> dict[str, Any]:

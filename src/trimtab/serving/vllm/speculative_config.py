@@ -154,7 +154,7 @@ def _windows(directory: Path) -> set[int | None]:
 
 
 def is_least_kept_too_long(least: int | None, most: int | None) -> bool:
-    """Whether vLLM 0.32 would answer a request wrongly, and without a word, beside drafts.
+    """Whether vLLM would answer a request wrongly, and without an error, beside drafts.
 
     least, most   min_tokens and max_tokens
 

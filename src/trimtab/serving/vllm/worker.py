@@ -5,7 +5,8 @@ are sampled from (one per request; with drafts one per drafted token and one mor
 prompt is to be scored. Nothing in those calls says whose rows they are. So the first kind is remembered when the runner
 lays out the batch; the second hands over a view into the step's hidden states, whose offset tells the request.
 
-Written for the runner of vLLM 0.32 (`GPUModelRunner` in `v1/worker/gpu_model_runner.py`, which the CPU's inherits).
+Written for the V1 runner of vLLM 0.32 and 0.33 (`GPUModelRunner` in `v1/worker/gpu_model_runner.py`), which the CPU's
+inherits.
 """
 
 import logging
@@ -41,10 +42,10 @@ class SteeringWorker:
             model.steering = steering
         return list(model.plan.strategy.expert_names)
 
-    def trimtab_tally(self) -> dict[str, Any]:
-        """What `Tally.to_dict` says."""
+    def trimtab_histograms(self) -> dict[str, Any]:
+        """What `Histograms.to_dict` says."""
         steering = self.model_runner.get_model().steering
-        return steering.tally.to_dict() if steering is not None else {}
+        return steering.histograms.to_dict() if steering is not None else {}
 
     def trimtab_traces(self, places: Sequence[tuple[str, int, int]]) -> list[list[dict[str, Any]]]:
         """The steps kept of some choices, each from a position on.
@@ -65,8 +66,8 @@ class BatchRows:
         if missing:
             raise TrimtabError(
                 f"this engine's model runner, {type(runner).__qualname__}, has no {', '.join(missing)}.",
-                "Settings of requests are read from the V1 model runner of vLLM 0.32.",
-                "set VLLM_USE_V2_MODEL_RUNNER=0, and use vLLM 0.32.",
+                "Settings of requests are read from the V1 model runner of vLLM 0.32 and 0.33.",
+                "set VLLM_USE_V2_MODEL_RUNNER=0, and use one of these.",
             )
         self.runner = runner
         self.strategy = strategy
