@@ -34,7 +34,9 @@ def unseen_grids(document: Document) -> list[Grid]:
 
 def rivals_grid(document: Document) -> Grid:
     """DLF against its rivals on the same items."""
-    return paired_grid("DLF against", document["paired"], lambda row: f"{label(row['second'])} ({KINDS[row['table']]})")
+    return paired_grid(
+        "DLF against its rivals", document["paired"], lambda row: f"{label(row['second'])} ({KINDS[row['table']]})"
+    )
 
 
 def paper_grid(document: Document) -> Grid:

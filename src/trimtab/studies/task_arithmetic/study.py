@@ -42,8 +42,8 @@ LOOKS = {
 PRINTED = "Fan et al. print that DLF is 5.7% above task arithmetic overall, and 7.2% with both together (Llama-2)."
 HEAD = f"""# Task arithmetic and logit fusion
 
-Written by `trimtab study task_arithmetic -o docs/task-arithmetic.md`; do not edit. The small experts' task vectors are
-merged into one small expert, which steers the strong model.
+Written by `trimtab study task_arithmetic --pairs NAMES -o docs/task-arithmetic.md`; do not edit. The small experts'
+task vectors are merged into one small expert, which steers the strong model.
 
 - Scores are points of 100 on test items, in brackets 95% bootstrap intervals over items.
 - The average gives the seen tasks together and the unseen one the same weight; PGR counts from the small model tuned on
