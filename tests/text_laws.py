@@ -50,11 +50,11 @@ def warped(temperature: float, top_p: float) -> Processed:
 
 
 def repeated_less(penalty: float) -> Processed:
-    """Log-probabilities of tokens that stand in the text are multiplied; padding is no text."""
+    """Logits of tokens in the text: negative ones times the penalty, others divided by it; padding is no text."""
 
     def processed(ids: Tensor, mask: Tensor, scores: Tensor) -> Tensor:
         is_seen = (torch.nn.functional.one_hot(ids, VOCAB) * mask.unsqueeze(-1)).amax(1).bool()
-        return torch.where(is_seen, scores * penalty, scores)
+        return torch.where(is_seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
     return processed
 
