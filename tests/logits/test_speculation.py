@@ -824,6 +824,7 @@ def test_a_prompt_beyond_a_window_is_read_without_a_draft(window):
     check_same_tokens(model, drafted, new_tokens(model, PROMPTS[0], speculate=0, max_new_tokens=12)[1], inputs)
 
 
+@pytest.mark.filterwarnings("ignore:expert .idle. adds nothing")
 def test_who_the_small_members_would_let_speak_drafts_first():
     """Before the strong model has read the prompt nobody knows what it says: the base stands in for it."""
     base = tiny.make(seed=1)
