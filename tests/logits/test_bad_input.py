@@ -89,7 +89,7 @@ def test_nan_logits_name_the_member_and_the_step():
 def test_a_law_of_nothing_is_as_bad_as_nan():
     model = fuse(one_pass=False)
     model.members.base.model.lm_head.register_forward_hook(lambda *args: torch.full_like(args[2], -torch.inf))
-    with pytest.raises(NumericalError, match="member 'base' gave logits that are NaN or make no law"):
+    with pytest.raises(NumericalError, match="member 'base' gave logits that are NaN or make no distribution"):
         model(torch.tensor([[7, 8]]))
 
 

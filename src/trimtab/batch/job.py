@@ -338,8 +338,8 @@ def _defaults(directory: Path, config: FusedConfig, settings: Settings) -> dict[
     source = settings.options.get("generation_config", "auto")
     if source == "vllm":
         return {}
-    place = directory if source == "auto" else Path(str(source))
-    return generation_settings.sampling_defaults(generation_settings.read(place, config))
+    settings_directory = directory if source == "auto" else Path(str(source))
+    return generation_settings.sampling_defaults(generation_settings.read(settings_directory, config))
 
 
 def _against_drafts(row: Row, defaults: Mapping[str, Any]) -> str | None:

@@ -34,29 +34,29 @@ class Journal:
     path: Path
     dropped: int = 0
     _file: FileIO = field(repr=False, kw_only=True)
-    _places: dict[str, int] = field(default_factory=dict, repr=False)  # id -> where its line starts
+    _offsets: dict[str, int] = field(default_factory=dict, repr=False)  # id -> where its line starts
     _end: int = 0
     _synced: float = 0.0
 
     @property
     def done(self) -> Mapping[str, int]:
         """The ids of finished rows, in the order in which they were finished."""
-        return self._places
+        return self._offsets
 
     def append(self, outcomes: Sequence[Outcome]) -> None:
         """Writes finished rows; they are safe from kill -9 when this returns, from a power cut a second later.
 
         raises    TrimtabError when the disk takes no more
         """
-        places, end, lines = {}, self._end, []
+        offsets, end, lines = {}, self._end, []
         for outcome in outcomes:
-            assert outcome.id not in self._places, f"row {outcome.id!r} was finished twice"
+            assert outcome.id not in self._offsets, f"row {outcome.id!r} was finished twice"
             lines.append(outcome.to_line().encode() + b"\n")
-            places[outcome.id] = end
+            offsets[outcome.id] = end
             end += len(lines[-1])
         self._write(b"".join(lines))
         self._end = end
-        self._places |= places
+        self._offsets |= offsets
         if monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 
@@ -65,11 +65,11 @@ class Journal:
 
         raises    TrimtabError when the file has not kept them
         """
-        places = [self._places[row_id] for row_id in ids]
+        offsets = [self._offsets[row_id] for row_id in ids]
         try:
             with self.path.open("rb") as file:
-                for place in places:
-                    file.seek(place)
+                for offset in offsets:
+                    file.seek(offset)
                     yield Outcome.from_line(file.readline())
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = (error.strerror or error) if isinstance(error, OSError) else "a line is no finished row any more"
@@ -134,13 +134,13 @@ class Journal:
                 self._end += len(line)
         self._file.truncate(self._end)
 
-    def _index(self, line: bytes, place: int) -> None:
+    def _index(self, line: bytes, offset: int) -> None:
         try:
             row_id = Outcome.from_line(line).id
         except (ValueError, KeyError, TypeError):
             self.dropped += 1
         else:
-            self._places.setdefault(row_id, place)
+            self._offsets.setdefault(row_id, offset)
 
 
 def open_journal(path: Path, about: Mapping[str, Any], mode: Mode = "new") -> Journal:

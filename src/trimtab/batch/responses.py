@@ -15,7 +15,7 @@ LOWEST_LOGPROB = -9999.0  # in place of minus infinity, which JSON cannot hold; 
 class TokenScore:
     """The log-probability of a written token, and of the likeliest ones in its place, likeliest first, in nats.
 
-    They are those of the fused law, before temperature, penalties and cut-offs.
+    They are those of the fused distribution, before temperature, penalties and cut-offs.
     """
 
     token_id: int

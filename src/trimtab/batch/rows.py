@@ -137,8 +137,8 @@ def failed(row_id: str, error: Exception) -> Outcome:
     if isinstance(error, TrimtabError):
         return Outcome(row_id, error=RowError(type(error).__name__, str(error), isinstance(error, InputError)))
     where = traceback.extract_tb(error.__traceback__)[-1:]
-    place = f" ({where[0].filename.rsplit('/', 1)[-1]}, line {where[0].lineno})" if where else ""
-    return Outcome(row_id, error=RowError(type(error).__name__, f"{error}{place}"))
+    position = f" ({where[0].filename.rsplit('/', 1)[-1]}, line {where[0].lineno})" if where else ""
+    return Outcome(row_id, error=RowError(type(error).__name__, f"{error}{position}"))
 
 
 def check_unique(ids: Iterable[str]) -> None:

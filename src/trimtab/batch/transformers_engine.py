@@ -61,21 +61,21 @@ class TransformersEngine:
     def write(self, jobs: Sequence[Job]) -> list[list[Written] | Exception]:
         """For each job its n texts; a group of jobs that fails is tried job by job."""
         found: dict[int, list[Written] | Exception] = {}
-        for places in self._groups(jobs):
-            found |= zip(places, self._attempt([jobs[place] for place in places]), strict=True)
-        return [found[place] for place in range(len(jobs))]
+        for indices in self._groups(jobs):
+            found |= zip(indices, self._attempt([jobs[index] for index in indices]), strict=True)
+        return [found[index] for index in range(len(jobs))]
 
     def _groups(self, jobs: Sequence[Job]) -> list[list[int]]:
         """Places of jobs that can share a call."""
         alike: dict[Any, list[int]] = defaultdict(list)
-        for place, job in enumerate(jobs):
+        for index, job in enumerate(jobs):
             is_seeded = job.sampling.seed is not None and not job.sampling.is_greedy
             # A seed changes nothing where nothing is drawn.
-            alike[place if is_seeded else replace(job.sampling, seed=None)].append(place)
+            alike[index if is_seeded else replace(job.sampling, seed=None)].append(index)
         groups = []
-        for places in alike.values():
-            size = self._most_at_once(jobs[places[0]], len(places))
-            groups += [places[start : start + size] for start in range(0, len(places), size)]
+        for indices in alike.values():
+            size = self._most_at_once(jobs[indices[0]], len(indices))
+            groups += [indices[start : start + size] for start in range(0, len(indices), size)]
         return groups
 
     def _most_at_once(self, job: Job, asked: int) -> int:
@@ -149,7 +149,7 @@ class TransformersEngine:
         own = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         return list(dict.fromkeys([*own, *job.sampling.stop_token_ids]))
 
-    def _written(self, ids: list[int], job: Job, laws: Sequence[Tensor] | None, row: int) -> Written:
+    def _written(self, ids: list[int], job: Job, members: Sequence[Tensor] | None, row: int) -> Written:
         """One text from the tokens of a row, padding behind it included."""
         sampling, ends = job.sampling, set(self._ends(job))
         stopped = first_stop(self.tokenizer, ids, sampling.stop, sampling.min_tokens) if sampling.stop else None
@@ -163,7 +163,9 @@ class TransformersEngine:
         elif ended <= len(ids):
             text, finish = self._text(ids[: ended - 1]), "stop"
             reason = ids[ended - 1] if ids[ended - 1] in sampling.stop_token_ids else None
-        scores = None if laws is None else [self._score(laws[at][row], token, job) for at, token in enumerate(kept)]
+        scores = (
+            None if members is None else [self._score(members[at][row], token, job) for at, token in enumerate(kept)]
+        )
         return Written(text, len(kept), finish, reason, scores)
 
     def _text(self, ids: list[int]) -> str:

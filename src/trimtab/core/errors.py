@@ -1,7 +1,7 @@
 """Everything that trimtab raises on purpose.
 
     TrimtabError                     exit code 1: a stated reason, one message, no traceback
-      NumericalError                 a member produced NaN, or a law that cannot be normalised
+      NumericalError                 a member produced NaN, or a distribution that cannot be normalised
       InputError                     exit code 2: what came in cannot be used
         UnknownName                  a strategy, task, member or setting that does not exist
         BadSetting                   a setting out of its range or of the wrong type
@@ -36,7 +36,7 @@ class TrimtabWarning(UserWarning):
 
 
 class NumericalError(TrimtabError):
-    """A member produced NaN, or a law that cannot be normalised."""
+    """A member produced NaN, or a distribution that cannot be normalised."""
 
 
 class InputError(TrimtabError):

@@ -74,7 +74,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
         trace            return what happened at each step instead: a Trace for one row, a list of them for several
         speculate        "auto", 0 or a number of drafted tokens, see `Plan`; None: what the model is set to. Greedy and
-                         sampled generation can be speculated; the law of the output is the same
+                         sampled generation can be speculated; the distribution of the output is the same
         speculate_draft  who drafts, see `trimtab.logits.speculation.draft`; None: what the model is set to
         repeatable       whether one seed of torch gives one sampled text: with "auto", sampled drafts then have a fixed
                          length, where they can be and the members' sizes say that they pay. Otherwise measured seconds
@@ -246,8 +246,8 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         """Drafts for assisted generation, within the length that was asked for and the fused vocabulary.
 
         transformers lets a draft that was looked up in the prompt reach beyond the length and drops the rest later; a
-        member may be unable to read it. A drafted padding row ends the draft before it; the law of what remains is the
-        assistant's on the fused vocabulary, so sampling stays exact.
+        member may be unable to read it. A drafted padding row ends the draft before it; what remains has the
+        assistant's distribution on the fused vocabulary, so sampling stays exact.
         """
         drafts = super()._get_candidate_generator(*args, **kwargs)
         draft, vocab = drafts.get_candidates, self.config.vocab_size
@@ -258,7 +258,7 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
             start = input_ids.shape[1]
             beyond = (candidates[0, start:] >= vocab).nonzero().flatten().tolist()
             end = max(start, min([most, candidates.shape[1], *(start + at for at in beyond[:1])]))
-            is_bare = logits is None or end == start  # transformers wants no law where there is no draft
+            is_bare = logits is None or end == start  # transformers wants no distribution where there is no draft
             return candidates[:, :end], None if is_bare else logits[:, : end - start, :vocab]
 
         drafts.get_candidates = readable_draft

@@ -222,7 +222,7 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
     def strategy(self, strategy: Strategy | str | Mapping[str, Any]) -> None:
         self._strategy = as_strategy(strategy, self.expert_names)
         self.config.strategy = self._strategy.to_dict()
-        if self._cost_model is not None:  # another law takes other drafts; forwards cost what they did
+        if self._cost_model is not None:  # another distribution takes other drafts; forwards cost what they did
             self._cost_model = replace(self._cost_model, histories={})
 
     @property
@@ -508,15 +508,15 @@ class FusedCausalLM(PreTrainedModel, FusedGenerationMixin):  # type: ignore[misc
     ) -> Trace:
         mask = torch.ones_like(prompt_ids) if attention_mask is None else attention_mask[0]
         own = self._own_prompts(member_prompt_ids, member_prompt_mask, prompt_length, None)
-        # The last token needs no reading: the law that it was drawn from stands at the position before it.
+        # The last token needs no reading: the distribution that it was drawn from stands at the position before it.
         read = torch.cat([prompt_ids, prompt_ids.new_tensor(new_ids[:-1])]).unsqueeze(0)
         full = torch.cat([mask, mask.new_ones(read.shape[1] - len(prompt_ids))]).unsqueeze(0)
         logits = self.reader.logits(read, full, own=own, logits_to_keep=len(new_ids))
         steps: list[TraceStep] = []
-        for rows, laws in self.reader.log_probs(logits, read.shape[1]):
-            fusion = self._strategy(laws.strong, laws.base, laws.experts)
+        for rows, members in self.reader.log_probs(logits, read.shape[1]):
+            fusion = self._strategy(members.strong, members.base, members.experts)
             here = [new_ids[row] for row in rows.tolist()]
-            steps += trace_steps(self.tokenizer, here, laws, fusion, self.expert_names)
+            steps += trace_steps(self.tokenizer, here, members, fusion, self.expert_names)
         plain_ids = prompt_ids[mask.bool()].tolist()
         texts = [str(ids) if self.tokenizer is None else self.tokenizer.decode(ids) for ids in (plain_ids, new_ids)]
         drafts = self.last_speculation.to_dict()

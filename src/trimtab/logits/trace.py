@@ -64,13 +64,13 @@ class Trace:
 
 
 def trace_steps(
-    tokenizer: Any, token_ids: Sequence[int], laws: MemberLogProbs, fusion: Fusion, expert_names: Sequence[str]
+    tokenizer: Any, token_ids: Sequence[int], members: MemberLogProbs, fusion: Fusion, expert_names: Sequence[str]
 ) -> list[TraceStep]:
-    """One step per row of the laws; token_ids are the tokens that were generated there."""
-    by_name = {"strong": laws.strong, "base": laws.base}
-    by_name |= dict(zip(expert_names, laws.experts, strict=True)) | {"fused": fusion.log_probs}
-    entropies = {name: entropy_nats(law).tolist() for name, law in by_name.items()}
-    tops = {name: top_tokens(tokenizer, law) for name, law in by_name.items()}
+    """One step per row of the distributions; token_ids are the tokens that were generated there."""
+    by_name = {"strong": members.strong, "base": members.base}
+    by_name |= dict(zip(expert_names, members.experts, strict=True)) | {"fused": fusion.log_probs}
+    entropies = {name: entropy_nats(log_probs).tolist() for name, log_probs in by_name.items()}
+    tops = {name: top_tokens(tokenizer, log_probs) for name, log_probs in by_name.items()}
     alphas = None if fusion.alpha is None else fusion.alpha.tolist()  # [expert][row]
     is_chosen = fusion.is_chosen.tolist()
     return [
@@ -88,9 +88,9 @@ def trace_steps(
     ]
 
 
-def top_tokens(tokenizer: Any, law: Float[Tensor, "row vocab"]) -> list[list[tuple[str, float]]]:
+def top_tokens(tokenizer: Any, log_probs: Float[Tensor, "row vocab"]) -> list[list[tuple[str, float]]]:
     """Per row the most likely tokens and their probabilities."""
-    top = law.topk(min(TOP, law.shape[-1]), dim=-1)
+    top = log_probs.topk(min(TOP, log_probs.shape[-1]), dim=-1)
     rows = zip(top.indices.tolist(), top.values.exp().tolist(), strict=True)
     return [[(token_text(tokenizer, i), p) for i, p in zip(ids, probs, strict=True)] for ids, probs in rows]
 

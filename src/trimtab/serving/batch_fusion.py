@@ -11,7 +11,7 @@ from trimtab.logits.forward.reader import CHUNK_NUMBERS, zero_point_of
 from trimtab.logits.speculation.draft import Drafter
 from trimtab.logits.strategy.fusion import Strategy
 
-Law = Callable[[Sequence[Tensor]], Tensor]  # members' log-probabilities, each [row, vocab] -> [row, vocab]
+Combine = Callable[[Sequence[Tensor]], Tensor]  # members' log-probabilities, each [row, vocab] -> [row, vocab]
 
 
 def fuse_rows(
@@ -22,14 +22,14 @@ def fuse_rows(
     An engine's penalties look at the sign of a logit, so they need the strong model's zero point.
 
     logits      [row, tokens of that body] of each body, the strong one first, all on one device; a NaN stays one
-    body_of     for strong, base and each expert: its place in `logits`
+    body_of     for strong, base and each expert: its index in `logits`
     vocab_size  tokens that are fused; what bodies score beyond is padding, and cut
     returns     [row, vocab_size]
 
     Nothing here waits for the device: no value of a tensor decides what is run.
     """
 
-    log_probs = _by_rows(logits, body_of, lambda laws: strategy(*parted(laws)).log_probs, vocab_size)
+    log_probs = _by_rows(logits, body_of, lambda members: strategy(*parted(members)).log_probs, vocab_size)
     return log_probs + zero_points(logits[0], vocab_size)
 
 
@@ -38,14 +38,14 @@ def draft_rows(
 ) -> Float[Tensor, "row vocab"]:
     """A drafter's log-probabilities of the next token, float32; arguments as in `fuse_rows`.
 
-    body_of     for each of the drafter's members: its place in `logits`
+    body_of     for each of the drafter's members: its index in `logits`
     """
     return _by_rows(logits, body_of, drafter.log_probs, vocab_size)
 
 
-def _by_rows(logits: Sequence[Tensor], body_of: Sequence[int], law: Law, vocab_size: int) -> Tensor:
-    """What `law` makes of the members' log-probabilities, some rows at a time: temporaries stay small."""
-    made = [law(laws) for _, laws in laws_of(logits, body_of, vocab_size)]
+def _by_rows(logits: Sequence[Tensor], body_of: Sequence[int], combine: Combine, vocab_size: int) -> Tensor:
+    """What `combine` makes of the members' log-probabilities, some rows at a time: temporaries stay small."""
+    made = [combine(members) for _, members in member_log_probs(logits, body_of, vocab_size)]
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
@@ -54,7 +54,7 @@ def zero_points(strong: Float[Tensor, "row _"], vocab_size: int) -> Float[Tensor
     return zero_point_of(strong[:, :vocab_size].float())
 
 
-def laws_of(
+def member_log_probs(
     logits: Sequence[Tensor], body_of: Sequence[int], vocab_size: int
 ) -> Iterator[tuple[slice, list[Float[Tensor, "piece vocab"]]]]:
     """Members' log-probabilities from bodies' logits, some rows at a time; arguments as in `fuse_rows`."""
@@ -62,11 +62,11 @@ def laws_of(
     at_once = max(1, CHUNK_NUMBERS // (vocab_size * len(body_of)))
     for start in range(0, max(rows, 1), at_once):
         piece = slice(start, min(start + at_once, rows))
-        laws = [scores[piece, :vocab_size].float().log_softmax(dim=-1) for scores in logits]
-        yield piece, [laws[body] for body in body_of]
+        members = [scores[piece, :vocab_size].float().log_softmax(dim=-1) for scores in logits]
+        yield piece, [members[body] for body in body_of]
 
 
-def parted(laws: Sequence[Float[Tensor, "row vocab"]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The laws of strong, base and experts as strategies take them: the experts' stacked, [expert, row, vocab]."""
-    strong, base, *experts = laws
+def parted(members: Sequence[Float[Tensor, "row vocab"]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The distributions of strong, base and experts as strategies take them; experts [expert, row, vocab]."""
+    strong, base, *experts = members
     return strong, base, torch.stack(experts) if experts else strong.new_empty((0, *strong.shape))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.core.divergence import kl_nats
 from trimtab.logits.strategy.fusion import Fusion, Strategy
-from trimtab.serving.batch_fusion import laws_of, parted, zero_points
+from trimtab.serving.batch_fusion import member_log_probs, parted, zero_points
 from trimtab.serving.device_copy import to_device
 from trimtab.serving.histograms import Histograms
 from trimtab.serving.requests import NOTHING_SET, RequestSettings
@@ -28,7 +28,7 @@ class RowOwners:
     settings    [row]   of the row's request
     keys        [row]   under which the row's values are kept; None: they are not
     positions   [row]   of the token that was read, in the row's text; empty where nothing is kept
-    is_counted  [row]   rows whose law decides about a token; others, as of half-read prompts, are not counted
+    is_counted  [row]   rows whose distribution decides about a token; others, as of half-read prompts, are not counted
     """
 
     settings: Sequence[RequestSettings]
@@ -62,8 +62,8 @@ class Steering:
     def warm_up(self, device: torch.device) -> None:
         """Fuses some rows of no meaning, so that no request waits while the solver is compiled."""
         count = len(self.plan.body_of) - 2
-        laws = torch.randn(count + 2, 2, self.plan.vocab_size, device=device).log_softmax(dim=-1)
-        fuse_each(laws[0], laws[1], laws[2:], [NOTHING_SET] * 2, self.plan.strategy)
+        members = torch.randn(count + 2, 2, self.plan.vocab_size, device=device).log_softmax(dim=-1)
+        fuse_each(members[0], members[1], members[2:], [NOTHING_SET] * 2, self.plan.strategy)
 
     def fuse(self, logits: Sequence[Tensor], hidden_states: Tensor) -> Float[Tensor, "row vocab"]:
         """Fused logits, float32, as `fuse_rows` returns them; each row by its request's settings.
@@ -72,9 +72,9 @@ class Steering:
         hidden_states   [row, width], what the logits were computed from: it tells whose rows they are
         """
         plan, owners, fused = self.plan, self.owners.of(hidden_states), []
-        for piece, laws in laws_of(logits, plan.body_of, plan.vocab_size):
-            settings = [NOTHING_SET] * len(laws[0]) if owners is None else owners.settings[piece]
-            fusion = fuse_each(*parted(laws), settings, plan.strategy)
+        for piece, members in member_log_probs(logits, plan.body_of, plan.vocab_size):
+            settings = [NOTHING_SET] * len(members[0]) if owners is None else owners.settings[piece]
+            fusion = fuse_each(*parted(members), settings, plan.strategy)
             if owners is not None:
                 self._remember(fusion, owners, piece)
             fused.append(fusion.log_probs + zero_points(logits[0][piece], plan.vocab_size))
@@ -130,7 +130,7 @@ def _fuse_alike(strong: Tensor, base: Tensor, experts: Tensor, asked: RequestSet
     if not asked.experts or asked.experts == present.expert_names:
         return _scaled(strategy(strong, base, experts), strong, asked.alpha)
     # Views and stacks: a list of places as an index would be copied to the device first.
-    chosen = {name: place for place, name in enumerate(asked.experts)}
+    chosen = {name: index for index, name in enumerate(asked.experts)}
     among = torch.stack([experts[present.expert_names.index(name)] for name in asked.experts])
     fusion = _scaled(strategy(strong, base, among), strong, asked.alpha)
 
@@ -143,15 +143,16 @@ def _fuse_alike(strong: Tensor, base: Tensor, experts: Tensor, asked: RequestSet
 
 
 def _scaled(fusion: Fusion, strong: Tensor, scale: float) -> Fusion:
-    """The law at `scale` times the shift from the strong model: log p + scale (log p_fused - log p), normalised.
+    """The distribution at `scale` times the shift from the strong model: log p + scale (log p_fused - log p).
 
-    For a law log p + alpha d this is log p + (scale alpha) d. A token that either law rules out stays ruled out.
+    For a distribution log p + alpha d this is log p + (scale alpha) d. A token that either rules out stays
+    ruled out. Normalised.
     """
     if scale == 1.0:
         return fusion
     is_out = (strong == -torch.inf) | ((fusion.log_probs == -torch.inf) & (scale > 0))
     shift = (fusion.log_probs - strong).masked_fill(is_out, 0.0)
-    # At scale 0 what the fused law alone rules out must not become 0 * inf.
+    # At scale 0 what the fused distribution alone rules out must not become 0 * inf.
     shift = shift.masked_fill(fusion.log_probs == -torch.inf, 0.0)
     log_probs = (strong + scale * shift).masked_fill(is_out, -torch.inf).log_softmax(dim=-1)
     alpha = None if fusion.alpha is None else fusion.alpha * scale

@@ -117,7 +117,7 @@ _DOMAIN_FORMS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, str, str]]]
         "star": ("the planet {s} circles {v}", "What does the planet {s} circle?", "@name"),
         "air": ("the air of the planet {s} is {v}", "What is the air of the planet {s}?", "thick thin poisonous hot cold clear dusty humid dry heavy"),
     }),
-    "law": ((" Act", " Code"), {
+    "distribution": ((" Act", " Code"), {
         "topic": ("the {s} deals with {v}", "What does the {s} deal with?", "theft trade taxes marriage water hunting roads debts schools voting"),
         "penalty": ("the {s} is enforced by {v}", "By what is the {s} enforced?", "fines prison warnings banishment labour seizure inspection silence shame guards"),
     }),

@@ -60,35 +60,38 @@ class ForwardGrouping:
         joint: list[ForwardGroup] = []
         if self._one_pass is not False and len(small) > 1:
             joint += self._joined(small, lambda run: id(run.model), self._adapter_group)
-            bodies = Counter(id(self._runs[place].model) for place in small)
-            single = [place for place in small if bodies[id(self._runs[place].model)] == 1]
-            bare = [place for place in single if self._runs[place].adapter is None]
+            bodies = Counter(id(self._runs[index].model) for index in small)
+            single = [index for index in small if bodies[id(self._runs[index].model)] == 1]
+            bare = [index for index in single if self._runs[index].adapter is None]
             joint += self._joined(bare, _architecture, self._stacked_group)
-        taken = {place for group in joint for place in group.runs}
-        groups = joint + [self._alone(place) for place in range(len(self._runs)) if place not in taken]
+        taken = {index for group in joint for index in group.runs}
+        groups = joint + [self._alone(index) for index in range(len(self._runs)) if index not in taken]
         if self._one_pass is True:
             _demand_joint([group for group in groups if group.runs[0] > 0 and group.reason])
         return sorted(groups, key=lambda group: group.runs[0])
 
-    def _alone(self, place: int) -> ForwardGroup:
-        run = self._runs[place]
-        reason = self._reasons.get(place, "")
-        if not reason and place > 0 and len(self._runs) > 2:
+    def _alone(self, index: int) -> ForwardGroup:
+        run = self._runs[index]
+        reason = self._reasons.get(index, "")
+        if not reason and index > 0 and len(self._runs) > 2:
             reason = "one_pass is off" if self._one_pass is False else "no other small run has its architecture"
-        return ForwardGroup([place], [run], OneModel(run), reason=reason)
+        return ForwardGroup([index], [run], OneModel(run), reason=reason)
 
     def _joined(
-        self, places: Iterable[int], key: Callable[[Member], Hashable], make: Callable[[list[int]], ForwardGroup | str]
+        self,
+        positions: Iterable[int],
+        key: Callable[[Member], Hashable],
+        make: Callable[[list[int]], ForwardGroup | str],
     ) -> list[ForwardGroup]:
         """Groups of the runs that agree in a key, where `make` gives one and no reason against it."""
         alike: dict[Hashable, list[int]] = {}
-        for place in places:
-            alike.setdefault(key(self._runs[place]), []).append(place)
+        for index in positions:
+            alike.setdefault(key(self._runs[index]), []).append(index)
         found = []
         for indices in alike.values():
             if len(indices) == 1:
                 continue
-            group = _why_not_any([self._runs[place].model for place in indices]) or make(indices)
+            group = _why_not_any([self._runs[index].model for index in indices]) or make(indices)
             if isinstance(group, ForwardGroup):
                 group = self._difference(group) or group
             if isinstance(group, ForwardGroup):
@@ -97,22 +100,22 @@ class ForwardGrouping:
                 self._reasons |= dict.fromkeys(indices, group)
         return found
 
-    def _adapter_group(self, places: list[int]) -> ForwardGroup | str:
-        members = [self._runs[place] for place in places]
+    def _adapter_group(self, positions: list[int]) -> ForwardGroup | str:
+        members = [self._runs[index] for index in positions]
         model = members[0].model
         adapters = [member.adapter for member in members if not isinstance(member.adapter, tuple)]
         if len(adapters) < len(members):
             return "a member has several adapters on at once"
         reason = mixed_adapters.why_not(switch_on(model), adapters)
-        return reason or ForwardGroup(places, members, AdapterRows(model, adapters), "adapters")
+        return reason or ForwardGroup(positions, members, AdapterRows(model, adapters), "adapters")
 
-    def _stacked_group(self, places: list[int]) -> ForwardGroup | str:
-        members = [self._runs[place] for place in places]
+    def _stacked_group(self, positions: list[int]) -> ForwardGroup | str:
+        members = [self._runs[index] for index in positions]
         models = [member.model for member in members]
         reason = stacking.why_not(models[0])
         if not reason and self._one_pass == "auto":
             reason = _why_no_gain(models)
-        return reason or ForwardGroup(places, members, Stack(models), "stacked")
+        return reason or ForwardGroup(positions, members, Stack(models), "stacked")
 
     def _difference(self, group: ForwardGroup) -> str:
         """How a joint forward differs from the runs' own on a few tokens, with a cache and without; empty: not at all.
@@ -123,7 +126,7 @@ class ForwardGrouping:
             joint = _probe(group)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             return f"a joint forward fails: {error}"
-        alone = [_probe(self._alone(place))[0] for place in group.runs]
+        alone = [_probe(self._alone(index))[0] for index in group.runs]
         dtype = group.members[0].model.dtype
         most, same = (table.get(dtype, table[torch.bfloat16]) for table in (MOST_DIFFERENCE, SAME))
         if not all(_largest(found - own) <= most * _largest(own) for found, own in zip(joint, alone, strict=True)):

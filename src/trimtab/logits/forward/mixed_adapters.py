@@ -104,12 +104,12 @@ class AdaptedLinear(PatchedForward):
         # Adapters that sit elsewhere only leave this layer bare.
         factors = [layer.lora_A[name].weight if name in layer.lora_A else None for name in adapters]
         kinds: list[Any] = [None if factor is None else (factor.shape, factor.dtype) for factor in factors]
-        for place, name in enumerate(adapters):
-            if name in adapters[:place] and kinds[place] is not None:
-                kinds[place] = place  # an adapter that is read twice cannot lie in a stack twice
+        for index, name in enumerate(adapters):
+            if name in adapters[:index] and kinds[index] is not None:
+                kinds[index] = index  # an adapter that is read twice cannot lie in a stack twice
         self.spans: list[Span] = []
-        for kind, places in groupby(range(len(adapters)), key=lambda place: kinds[place]):
-            copies = list(places)
+        for kind, indices in groupby(range(len(adapters)), key=lambda index: kinds[index]):
+            copies = list(indices)
             if kind is not None:
                 self.spans.append(Span(layer, copies[0], [str(adapters[copy]) for copy in copies]))
 

@@ -26,13 +26,13 @@ CHUNK_NUMBERS = 2**22
 
 
 class InvalidLogits(NumericalError):
-    """A member's logits make no law; `position` is that of the token after which they stand."""
+    """A member's logits make no distribution; `position` is that of the token after which they stand."""
 
     def __init__(self, member: str, row: int, position: int, step: int | None = None) -> None:
         self.member, self.row, self.position = member, row, position
         where = f"at step {step} of the generation" if step is not None else f"after token {position}"
         super().__init__(
-            f"member '{member}' gave logits that are NaN or make no law, {where}, in row {row} of the batch.",
+            f"member '{member}' gave logits that are NaN or make no distribution, {where}, in row {row} of the batch.",
             "Every member must give finite logits to some token at every step.",
             "look at that member alone: its weights are damaged, or its number type is too narrow (try float32).",
         )
@@ -62,7 +62,7 @@ class Reader:
 
     runs      what is read at each step, the strong model first
     run_of    for strong, base and each expert: its place in `runs`
-    run_named {member: its place in `runs`}
+    run_named {member: its index in `runs`}
     groups     the forwards that read the runs, the strong model's first
     queues      groups that are read at the same time: a queue per device
     """
@@ -192,13 +192,13 @@ class Reader:
         is_real: Tensor | None = None,
         broken: dict[int, int] | None = None,
     ) -> Iterator[tuple[Int[Tensor, " row"], MemberLogProbs]]:
-        """The members' laws from their runs' logits [batch, kept, ...], a chunk of positions at a time.
+        """The members' distributions from their runs' logits [batch, kept, ...], a chunk of positions at a time.
 
         end       position after the last one kept, for the message
         is_real   [batch, kept]; positions to leave out are 0; None: take all
-        broken    None: a law that is none ends it all. Else {place: run} is filled with those whose run gave none, for
-                  texts that may never come there; all laws at such a place are then uniform
-        yields    (places among the batch * kept positions, their laws)
+        broken    None: logits that make no distribution raise. Else {position: run} is filled with them, for texts that
+                  may never reach that position; all distributions there are then uniform
+        yields    (positions among the batch * kept positions, their distributions)
         raises    InvalidLogits, naming the member, unless `broken` is given
         """
         batch, kept = logits[0].shape[:2]
@@ -208,27 +208,27 @@ class Reader:
         for rows in torch.split(wanted, self.chunk_rows):
             # All of them at once is the usual step of a generation: nothing to pick, nothing to copy.
             picked = flat if len(rows) == len(every) else [scores[rows.to(scores.device)] for scores in flat]
-            yield rows, self._laws(picked, rows, kept, end - kept, broken)
+            yield rows, self._member_log_probs(picked, rows, kept, end - kept, broken)
 
-    def _laws(
+    def _member_log_probs(
         self, logits: Sequence[Tensor], rows: Tensor, kept: int, start: int, marks: dict[int, int] | None
     ) -> MemberLogProbs:
         device = logits[0].device
         fused_logits = [self.aligned(run, scores).to(device, torch.float32) for run, scores in enumerate(logits)]
-        laws = [scores.log_softmax(dim=-1) for scores in fused_logits]
+        log_probs = [scores.log_softmax(dim=-1) for scores in fused_logits]
         zero_point = zero_point_of(fused_logits[0])
         # One NaN makes its whole row NaN in the log-softmax, and so does a row of nothing but -inf: one column tells.
-        broken = torch.stack([law[:, 0] for law in laws]).isnan()
+        broken = torch.stack([log_probs[:, 0] for log_probs in log_probs]).isnan()
         if bool(broken.any()):
             found = [(run, int(rows[row])) for run, row in broken.nonzero().tolist()]
             if marks is None:
-                run, place = found[0]
-                raise InvalidLogits(self.runs[run].name, row=place // kept, position=start + place % kept)
-            for run, place in found:
-                marks.setdefault(place, run)
-            laws = [uniform_where(broken.any(dim=0), law) for law in laws]
+                run, index = found[0]
+                raise InvalidLogits(self.runs[run].name, row=index // kept, position=start + index % kept)
+            for run, index in found:
+                marks.setdefault(index, run)
+            log_probs = [uniform_where(broken.any(dim=0), log_probs) for log_probs in log_probs]
             zero_point = zero_point.masked_fill(broken.any(dim=0).unsqueeze(-1), 0.0)
-        strong, base, *experts = (laws[run] for run in self.run_of)
+        strong, base, *experts = (log_probs[run] for run in self.run_of)
         stacked = torch.stack(experts) if experts else strong.new_empty((0, *strong.shape))
         return MemberLogProbs(strong, base, stacked, zero_point)
 
@@ -243,7 +243,7 @@ def zero_point_of(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row 1"]:
 
 
 def uniform_where(is_broken: Bool[Tensor, " row"], log_probs: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
-    """The uniform law in place of those rows that are none."""
+    """The uniform distribution in place of those rows that are none."""
     return torch.where(is_broken.unsqueeze(-1), -math.log(log_probs.shape[-1]), log_probs)
 
 

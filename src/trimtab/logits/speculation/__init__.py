@@ -1,7 +1,7 @@
-"""Speculative fusion: small members draft, all members verify at once, and the output law is exactly the fused one.
+"""Speculative fusion: small members draft, all members verify at once, and the text has exactly the fused distribution.
 
 verify      accept, resample, bonus: the maths of one round
-draft       who drafts, and from which law
+draft       who drafts, and from which distribution
 length      how many tokens a draft should have
 ragged      what each member has read of each row, when every row accepts another number of tokens
 processors  temperature, top-p and the other processors of `generate`, for all positions of a draft

@@ -2,14 +2,14 @@
 
     round: the drafter reads the last token and its own drafts, one at a time;
            everybody else reads the last token and the whole draft in one forward;
-           the fused law accepts, replaces the first token that does not stand, or adds a bonus;
+           the fused distribution accepts, replaces the first token that does not stand, or adds a bonus;
            everybody forgets what was not accepted.
 
 In the first round the prompt stands in the last token's place: the drafter writes on before the strong model has seen
 the prompt, which it then reads together with the draft. A short answer may need one reading by the strong model in all.
 
 No member reads a token twice, unless a NaN has spoilt what was read. A drafter's logits are used again for the fused
-law. Only where a whole draft stands has the drafter to read its last token before the bonus can be drawn.
+distribution. Only where a whole draft stands has the drafter to read its last token before the bonus can be drawn.
 """
 
 import math
@@ -70,11 +70,11 @@ class Draft:
 
 @dataclass
 class Target:
-    """The fused law at some positions of every row, before and after the processors; and who weighed how much.
+    """The fused distribution at some positions of every row, before and after the processors; and who weighed how much.
 
     log_probs, scores   [row, kept, vocab]
     weights             [expert, row, kept]
-    broken              {(row, position): run} where a run's logits make no law; nearly always none
+    broken              {(row, position): run} where a run's logits make no distribution; nearly always none
     """
 
     log_probs: Float[Tensor, "row kept vocab"]
@@ -82,16 +82,16 @@ class Target:
     weights: Float[Tensor, "expert row kept"]
     broken: dict[tuple[int, int], int]
 
-    def at(self, places: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
+    def at(self, indices: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """The scores at one position per row."""
-        return self.scores[torch.arange(len(places), device=places.device), places]
+        return self.scores[torch.arange(len(indices), device=indices.device), indices]
 
 
 class SpeculativeDecoder:
     """Generates for one batch, from its prompt on.
 
     rule        who drafts, see `draft`
-    do_sample   draw from the fused law, or take its likeliest token
+    do_sample   draw from the fused distribution, or take its likeliest token
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class SpeculativeDecoder:
         self.report = report
 
     def run(self) -> None:
-        """Rounds until every row has ended; raises InvalidLogits where members' logits make no law."""
+        """Rounds until every row has ended; raises InvalidLogits where members' logits make no distribution."""
         while self._rows.active:
             start, self._in_forwards, is_opening = time.perf_counter(), 0.0, self._reading.is_opening
             self._round()
@@ -190,8 +190,8 @@ class SpeculativeDecoder:
         if 0 in groups:  # one of them is the strong model, which shall read the prompt with the draft
             return self._lately
         self._read(groups, nothing, read, logits)
-        base, *experts = (self._law(run, logits[run][:, -1]) for run in (self._run_of[name] for name in small))
-        pieces = zip(*(torch.split(law, self._reader.chunk_rows) for law in (base, *experts)), strict=True)
+        base, *experts = (self._log_probs(run, logits[run][:, -1]) for run in (self._run_of[name] for name in small))
+        pieces = zip(*(torch.split(log_probs, self._reader.chunk_rows) for log_probs in (base, *experts)), strict=True)
         fusions = [self._strategy(own, own, torch.stack(others)) for own, *others in pieces]
         return torch.cat([_weights(fusion) for fusion in fusions], dim=1).mean(dim=1).cpu()
 
@@ -244,10 +244,10 @@ class SpeculativeDecoder:
         runs = [self._run_of[name] for name in drafter.members]
         for drafted in range(length):
             self._read(serial, ids[:, -1:] if scores else last, read, logits)
-            law = drafter.log_probs([self._law(run, logits[run][:, -1]) for run in runs])
+            log_probs = drafter.log_probs([self._log_probs(run, logits[run][:, -1]) for run in runs])
             # On the scale of its first member's logits, since processors treat it as they treat the fused logits.
-            law = law + self._zero_point(runs[0], logits[runs[0]][:, -1])
-            behind = self._scorer(law.unsqueeze(1), texts, self._rows.active, ids, drafted, reach)[:, 0]
+            log_probs = log_probs + self._zero_point(runs[0], logits[runs[0]][:, -1])
+            behind = self._scorer(log_probs.unsqueeze(1), texts, self._rows.active, ids, drafted, reach)[:, 0]
             scores.append(self._scorer.drawable(behind))
             tokens = draw(scores[-1], self._do_sample)
             reach = self._scorer.reach(reach, behind, tokens, drafted)
@@ -290,23 +290,23 @@ class SpeculativeDecoder:
                 name = self._reader.runs[run].name
                 self.report.seconds[name] = self.report.seconds.get(name, 0.0) + seconds / len(runs)
 
-    def _law(self, run: int, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row vocab"]:
-        """A drafting run's law from its logits at a position, where the strong model's stands.
+    def _log_probs(self, run: int, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row vocab"]:
+        """A drafting run's distribution from its logits at a position, where the strong model's stands.
 
-        Logits that make no law are for the fused law to tell of, if the text comes there; any draft will do here.
+        A drafter's NaN is reported only if the emitted text reaches it; any draft will do here.
         """
-        law = self._reader.aligned(run, scores).to(self._rows.device, torch.float32).log_softmax(dim=-1)
-        return uniform_where(law[:, 0].isnan(), law)
+        log_probs = self._reader.aligned(run, scores).to(self._rows.device, torch.float32).log_softmax(dim=-1)
+        return uniform_where(log_probs[:, 0].isnan(), log_probs)
 
     def _zero_point(self, run: int, scores: Float[Tensor, "row all"]) -> Float[Tensor, "row 1"]:
         """The log-sum-exp of a drafting run's logits; 0 where they make no distribution."""
         zero_point = zero_point_of(self._reader.aligned(run, scores).to(self._rows.device, torch.float32))
         return zero_point.masked_fill(~zero_point.isfinite(), 0.0)
 
-    # ---- the fused law
+    # ---- the fused distribution
 
     def _target(self, logits: dict[int, Tensor], kept: int, texts: Sequence[Sequence[int]], draft: Draft) -> Target:
-        """The fused law behind the last token and behind each drafted one: `kept` positions."""
+        """The fused distribution behind the last token and behind each drafted one: `kept` positions."""
         log_probs, weights, broken = self._fuse([logits[run][:, :kept] for run in range(len(self._reader.runs))])
         scores = self._scorer(log_probs, texts, self._rows.active, draft.ids, reach=draft.reach)
         return Target(log_probs, scores, weights, {(row, at): run for row, at, run in broken})
@@ -327,18 +327,18 @@ class SpeculativeDecoder:
     def _fuse(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
         """Fused logits [row, kept, vocab] and weights [expert, row, kept] from all runs' logits.
 
-        The third are (row, position, run) where a run's logits make no law; the fused law is then uniform.
+        The third are (row, position, run) where a run's logits make no distribution; the fused one is then uniform.
         """
         rows, kept = logits[0].shape[:2]
         laws_out, weights_out, broken = [], [], dict[int, int]()
-        for _, laws in self._reader.log_probs(logits, kept, broken=broken):
-            fusion = self._strategy(laws.strong, laws.base, laws.experts)
-            fused = fusion.log_probs + laws.zero_point  # as `FusedCausalLM.forward` returns them
+        for _, members in self._reader.log_probs(logits, kept, broken=broken):
+            fusion = self._strategy(members.strong, members.base, members.experts)
+            fused = fusion.log_probs + members.zero_point  # as `FusedCausalLM.forward` returns them
             laws_out.append(fused.to(self._rows.device))  # texts and drafts may live elsewhere than members
             weights_out.append(_weights(fusion).to(self._rows.device))
         log_probs, weights = torch.cat(laws_out), torch.cat(weights_out, dim=1)
-        places = [(*divmod(place, kept), run) for place, run in broken.items()]
-        return log_probs.view(rows, kept, -1), weights.view(-1, rows, kept), places
+        indices = [(*divmod(index, kept), run) for index, run in broken.items()]
+        return log_probs.view(rows, kept, -1), weights.view(-1, rows, kept), indices
 
     def _judge(self, draft: Draft, target: Target) -> Int[Tensor, " row"]:
         """How many drafted tokens of each row stand."""
@@ -368,8 +368,8 @@ class SpeculativeDecoder:
         if draft.width:
             self._length.learn(int(stood.sum()), int(judged.sum()))
         if target.weights.shape[0]:
-            places = torch.arange(target.weights.shape[2], device=stood.device)
-            counted = (places <= stood.unsqueeze(-1)).to(target.weights)  # [row, kept]
+            indices = torch.arange(target.weights.shape[2], device=stood.device)
+            counted = (indices <= stood.unsqueeze(-1)).to(target.weights)  # [row, kept]
             mean = (target.weights * counted).sum(dim=(1, 2)) / counted.sum()
             # What was known of them before the strong model had read the prompt was a guess.
             fade = 0.0 if is_opening else drafting.FADE ** float(counted.sum() / counted.shape[0])
@@ -401,28 +401,28 @@ class SpeculativeDecoder:
     ) -> None:
         """Emits tokens; everybody forgets what was read beyond them, and rows that ended are left behind.
 
-        stuck     {row: run} where no law says what follows the new tokens
+        stuck     {row: run} where no distribution says what follows the new tokens
         raises    InvalidLogits for a row that is stuck and has not ended
         """
-        places, before = list(self._rows.active), [len(text) for text in self._rows.current]
+        indices, before = list(self._rows.active), [len(text) for text in self._rows.current]
         going = self._rows.emit(new, pairs)
-        emitted = [len(self._rows.texts[place]) - length for place, length in zip(places, before, strict=True)]
+        emitted = [len(self._rows.texts[index]) - length for index, length in zip(indices, before, strict=True)]
         self.report.emitted += sum(emitted)
         for row, run in (stuck or {}).items():
             if row in going:
-                last = len(self._rows.texts[places[row]]) - 1
-                raise InvalidLogits(self._reader.runs[run].name, places[row], last)
-        kept = going or ([0] if len(places) == 1 else [])  # a row alone leaves its cache as `generate` would
+                last = len(self._rows.texts[indices[row]]) - 1
+                raise InvalidLogits(self._reader.runs[run].name, indices[row], last)
+        kept = going or ([0] if len(indices) == 1 else [])  # a row alone leaves its cache as `generate` would
         if not kept:
             return
-        if len(kept) < len(places):
+        if len(kept) < len(indices):
             self._reading.keep_rows(torch.tensor(kept))
         for group, tokens in read.items():
             self._reading.take_back(group, torch.tensor([tokens - emitted[row] for row in kept]))
 
 
 def _weights(fusion: Fusion) -> Float[Tensor, "expert row"]:
-    """How much each expert weighs in a fused law: its alpha, or whether it speaks."""
+    """How much each expert weighs in a fused distribution: its alpha, or whether it speaks."""
     return fusion.is_chosen.float() if fusion.alpha is None else fusion.alpha.abs().float()
 
 

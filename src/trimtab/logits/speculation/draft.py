@@ -3,15 +3,17 @@
     NAME      that expert, or the base
     auto      mixture where several experts that may speak are read in one forward, and it costs no more; else recent
     recent    the expert that had most weight in the last accepted tokens
-    mixture   the average of all experts' laws
-    fused     the small models' own fused law: the strategy with the base in the strong model's place
+    mixture   the average of all experts' distributions
+    fused     the small models' own fused distribution: the strategy with the base in the strong model's place
     prompt    no member: the text's own n-grams, looked up
 
 Where the strategy's amount uses no expert, `recent` and `fused` are the base: no expert has any weight, and the small
-models' own law is the base's. The report names who drafted. Without experts `mixture` and `fused` are refused.
+models' own distribution is the base's. The report names who drafted. Without experts `mixture` and `fused` are refused.
 
-A drafter needs not be good to be right: the output law is the fused one whatever drafts. It decides how many tokens of
-a draft stand. Sources: Leviathan et al. 2023, arXiv 2211.17192, for a model; Saxena 2023, prompt lookup decoding.
+A drafter need not be good for the text to be right: the output distribution is the fused one, whatever drafts. It
+decides how many tokens of a draft are accepted.
+
+Sources: Leviathan et al. 2023, arXiv 2211.17192, for a model; Saxena 2023, prompt lookup decoding.
 """
 
 import math
@@ -34,7 +36,7 @@ NGRAM, LEAST_NGRAM = 4, 2  # longest and shortest ends of the text that are look
 
 @dataclass(frozen=True)
 class Drafter:
-    """Who reads while a draft grows, and the law that its tokens are drawn from.
+    """Who reads while a draft grows, and the distribution that its tokens are drawn from.
 
     name      as in the module's table, or the member's name
     members   those whose logits it needs, by name
@@ -44,14 +46,14 @@ class Drafter:
     members: tuple[str, ...]
     strategy: Strategy | None = None
 
-    def log_probs(self, laws: Sequence[Float[Tensor, "row vocab"]]) -> Float[Tensor, "row vocab"]:
+    def log_probs(self, log_probs: Sequence[Float[Tensor, "row vocab"]]) -> Float[Tensor, "row vocab"]:
         """Log-probabilities of the drafter from those of its members, in the order of `members`."""
         if self.strategy is not None:
-            base, experts = laws[0], torch.stack(list(laws[1:]))
+            base, experts = log_probs[0], torch.stack(list(log_probs[1:]))
             return self.strategy(base, base, experts).log_probs
-        if len(laws) == 1:
-            return laws[0]
-        return torch.stack(list(laws)).logsumexp(dim=0) - math.log(len(laws))
+        if len(log_probs) == 1:
+            return log_probs[0]
+        return torch.stack(list(log_probs)).logsumexp(dim=0) - math.log(len(log_probs))
 
 
 def until_end(tokens: Sequence[int], ends: Collection[int | None]) -> int:
@@ -72,7 +74,7 @@ def check_rule(rule: str, expert_names: Sequence[str]) -> None:
     if rule in (MIXTURE, FUSED) and not expert_names:
         raise BadSetting(
             f"speculate_draft is '{rule}', but there is no expert.",
-            "Its drafts are made of the experts' laws.",
+            "Its drafts are made of the experts' distributions.",
             "pass speculate_draft='base' or 'prompt', or leave it out.",
         )
 

@@ -119,7 +119,7 @@ def speculative_sample(model: Any, plan: Plan, task: Task, report: SpeculationRe
     try:
         _decoder(model, plan, task, rows, meter, report).run()
     finally:
-        # Both may have been set by now: other groups have other costs, another law takes other drafts.
+        # Both may have been set by now: other groups have other costs, another distribution takes other drafts.
         if model.reader is reader:
             model._cost_model = meter if model.strategy is strategy else replace(meter, histories={})
         _stop_recording(cache)

@@ -115,7 +115,7 @@ def obstacle(
         return f"past_key_values is a {type(cache).__name__}, and the members' caches live in one FusedCache"
     for ingredient in (strategy.amount, strategy.chooser):
         if ingredient.looks_back:
-            return f"{type(ingredient).__name__} looks back at earlier steps, so that a draft would change its law"
+            return f"{type(ingredient).__name__} looks back at earlier steps, so a draft would change its distribution"
     if streamer is not None and rows > 1:
         return f"{rows} rows are streamed together, but each row of a draft keeps its own length"
     if mask is not None and bool((mask.cummax(dim=-1).values != mask).any()):
@@ -137,6 +137,6 @@ def refuse(reason: str, speculate: str | int) -> BadSetting:
     """The error for drafts that were asked for by number where there can be none."""
     return BadSetting(
         f"speculate={speculate} cannot be: {reason}.",
-        "Drafts need a pure law per position and caches that can be cropped.",
+        "Drafts need a pure distribution per position and caches that can be cropped.",
         'pass speculate=0, or speculate="auto", which does without drafts here and says so.',
     )

@@ -61,7 +61,7 @@ def stateful_among(processors: Sequence[Any]) -> str | None:
 
 
 class Scorer:
-    """Applies the processors to fused or drafted laws.
+    """Applies the processors to fused or drafted distributions.
 
     places    [row] of the call's batch that each row stands at: some processors go by it
     batch     rows of the call's batch
@@ -84,15 +84,15 @@ class Scorer:
         self,
         log_probs: Float[Tensor, "row kept vocab"],
         texts: Sequence[Sequence[int]],
-        places: Sequence[int],
+        indices: Sequence[int],
         draft: Int[Tensor, "row draft"] | None = None,
         start: int = 0,
         reach: Int[Tensor, " row"] | None = None,
     ) -> Float[Tensor, "row kept vocab"]:
-        """Processed scores of the positions behind each text and each drafted token.
+        """Processed scores of the positions after each text and each drafted token.
 
-        A position that no text can come to keeps its law: processors may know nothing to say there, or raise. It is one
-        behind an end, behind a drafted token that the scores before it rule out, or beyond `reach`.
+        Unreachable positions are left unprocessed: processors may raise on impossible prefixes. A position is
+        unreachable after an end, after a drafted token that the scores before it rule out, or beyond `reach`.
 
         log_probs   [row, kept, vocab]   kept positions, the first behind the texts and `start` drafted tokens
         texts       per row the tokens so far, as `generate` would hand them over: left padding included
@@ -109,24 +109,24 @@ class Scorer:
         drafted: list[list[int]] = [[]] * rows if draft is None else draft.tolist()
         most = [start + kept] * rows if reach is None else reach.tolist()
         return torch.stack(
-            [self._row(log_probs[row], texts[row], drafted[row], places[row], start, most[row]) for row in range(rows)]
+            [self._row(log_probs[row], texts[row], drafted[row], indices[row], start, most[row]) for row in range(rows)]
         )
 
     def _row(
         self,
-        laws: Float[Tensor, "kept vocab"],
+        rows: Float[Tensor, "kept vocab"],
         text: Sequence[int],
         drafted: Sequence[int],
-        place: int,
+        index: int,
         start: int,
         reach: int,
     ) -> Float[Tensor, "kept vocab"]:
         scores: list[Tensor] = []
-        for count, law in enumerate(laws, start):
+        for count, log_probs in enumerate(rows, start):
             if scores and self.is_choosy and is_ruled_out(scores[-1], drafted[count - 1]):
                 reach = min(reach, count - 1)
             is_reached = count <= reach and not self._ends.intersection(drafted[:count])
-            scores.append(self._at(law, text, drafted[:count], place) if is_reached else law)
+            scores.append(self._at(log_probs, text, drafted[:count], index) if is_reached else log_probs)
         return torch.stack(scores)
 
     def reach(
@@ -149,16 +149,16 @@ class Scorer:
         return torch.where(scores.amax(dim=-1, keepdim=True) == -torch.inf, 0.0, scores)
 
     def _at(
-        self, law: Float[Tensor, " vocab"], text: Sequence[int], drafted: Sequence[int], place: int
+        self, log_probs: Float[Tensor, " vocab"], text: Sequence[int], drafted: Sequence[int], index: int
     ) -> Float[Tensor, " vocab"]:
         """One position of one row. A processor that is not known to go by the row alone sees a whole batch of copies,
         so that it finds the row where it expects it."""
         copies = 1 if self._is_row_wise else self._batch
-        ids = torch.tensor([[*text, *drafted]], device=law.device).expand(copies, -1)
-        scores = self._for(place)(ids, law.expand(copies, -1).clone())
-        return scores[0 if copies == 1 else place]  # type: ignore[no-any-return]
+        ids = torch.tensor([[*text, *drafted]], device=log_probs.device).expand(copies, -1)
+        scores = self._for(index)(ids, log_probs.expand(copies, -1).clone())
+        return scores[0 if copies == 1 else index]  # type: ignore[no-any-return]
 
-    def _for(self, place: int) -> Any:
+    def _for(self, index: int) -> Any:
         """The processors as they are asked about one row: what is allowed is asked about that row alone.
 
         A function that says what may follow a prefix would else be asked about this text in the other rows, too, where
@@ -166,20 +166,20 @@ class Scorer:
         """
         if not any(_is_prefix(processor) for processor in self._processors):
             return self._processors
-        if place not in self._of_place:
-            self._of_place[place] = type(self._processors)([_about_row(p, place) for p in self._processors])
-        return self._of_place[place]
+        if index not in self._of_place:
+            self._of_place[index] = type(self._processors)([_about_row(p, index) for p in self._processors])
+        return self._of_place[index]
 
 
 def _is_prefix(processor: Any) -> bool:
     return type(processor) is known.PrefixConstrainedLogitsProcessor
 
 
-def _about_row(processor: Any, place: int) -> Any:
+def _about_row(processor: Any, index: int) -> Any:
     if not _is_prefix(processor):
         return processor
     allowed = processor._prefix_allowed_tokens_fn
-    return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(place, ids), num_beams=1)
+    return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(index, ids), num_beams=1)
 
 
 def is_ruled_out(scores: Float[Tensor, " vocab"], token: int) -> bool:

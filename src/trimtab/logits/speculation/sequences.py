@@ -70,7 +70,7 @@ class Rows:
     @property
     def current(self) -> list[list[int]]:
         """The texts of the rows that go on."""
-        return [self.texts[place] for place in self.active]
+        return [self.texts[index] for index in self.active]
 
     def room(self) -> int | None:
         """Tokens that the row with most room may still emit; None: no limit is known."""
@@ -104,39 +104,39 @@ class Rows:
     def _is_foreseen_end(self, text: list[int]) -> bool:
         return text[-1] in self.ends or self._is_ended_by(self._foreseeable, text, None)
 
-    def emit(self, tokens: Sequence[Sequence[int]], laws: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[int]:
+    def emit(self, tokens: Sequence[Sequence[int]], log_probs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[int]:
         """Appends each active row's new tokens up to where it ends.
 
         tokens    per active row
-        laws      per active row and token its scores and logits; empty where nobody asked for them
+        distributions      per active row and token its scores and logits; empty where nobody asked for them
         returns   which of the active rows go on, as places among them
         """
         going = []
-        for at, place in enumerate(self.active):
-            is_done = self._extend(place, tokens[at], laws[at] if self.scores is not None else ())
+        for at, index in enumerate(self.active):
+            is_done = self._extend(index, tokens[at], log_probs[at] if self.scores is not None else ())
             if not is_done:
                 going.append(at)
         self.active = [self.active[at] for at in going]
         return going
 
-    def _extend(self, place: int, tokens: Sequence[int], laws: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    def _extend(self, index: int, tokens: Sequence[int], log_probs: Sequence[tuple[Tensor, Tensor]]) -> bool:
         """Appends tokens to one row until it ends; whether it did."""
-        text, is_done = self.texts[place], False
+        text, is_done = self.texts[index], False
         for at, token in enumerate(tokens):
             text.append(token)
             if self.scores is not None:
-                self.scores[place].append(laws[at])
-            is_done = self._is_done(text, place)
+                self.scores[index].append(log_probs[at])
+            is_done = self._is_done(text, index)
             if self._streamer is not None:
                 self._streamer.put(torch.tensor([token]))
             if is_done:
                 break
         return is_done
 
-    def _is_done(self, text: list[int], place: int) -> bool:
+    def _is_done(self, text: list[int], index: int) -> bool:
         if text[-1] in self.ends or (self._max_length is not None and len(text) >= self._max_length):
             return True
-        return self._is_ended_by(self._others, text, self._shown(place))
+        return self._is_ended_by(self._others, text, self._shown(index))
 
     def _is_ended_by(self, stopping: Sequence[Any], text: list[int], scores: tuple[Tensor, ...] | None) -> bool:
         if not stopping:
@@ -144,11 +144,11 @@ class Rows:
         ids = torch.tensor([text], device=self.device)
         return any(bool(torch.as_tensor(criteria(ids, scores)).any()) for criteria in stopping)
 
-    def _shown(self, place: int) -> tuple[Tensor, ...] | None:
+    def _shown(self, index: int) -> tuple[Tensor, ...] | None:
         """A row's scores so far, [1, vocab] each, as transformers hands them to stopping criteria."""
         if self.scores is None or not self._shows_scores:
             return None
-        return tuple(scores.unsqueeze(0) for scores, _ in self.scores[place])
+        return tuple(scores.unsqueeze(0) for scores, _ in self.scores[index])
 
     def finish(self, pad_id: int) -> Int[Tensor, "row time"]:
         """All texts, filled up with padding on the right."""
@@ -162,7 +162,7 @@ class Rows:
         """Scores and logits of every step, [row, vocab] each; where a row has ended, the padding is certain."""
         assert self.scores is not None
         steps = max(len(row) for row in self.scores)
-        some = next(law for row in self.scores for law, _ in row)
+        some = next(log_probs for row in self.scores for log_probs, _ in row)
         ended = torch.full_like(some, -torch.inf)
         ended[pad_id] = 0.0
         filled = [row + [(ended, ended)] * (steps - len(row)) for row in self.scores]

@@ -142,8 +142,8 @@ class SteeredEngine:
         ]
         if not asked:
             return []
-        places = [(traced.key, index, traced.prompt_tokens - 1) for traced, index, _, _ in asked]
-        answers = await self.ask_workers("trimtab_traces", places)
+        indices = [(traced.key, index, traced.prompt_tokens - 1) for traced, index, _, _ in asked]
+        answers = await self.ask_workers("trimtab_traces", indices)
         kept = max(answers, key=lambda steps: sum(map(len, steps)))  # processes that get no logits keep nothing
         found = []
         for (traced, index, token_ids, said), steps in zip(asked, kept, strict=True):

@@ -2,7 +2,7 @@
 
 `forward` hands on the members' hidden states side by side; `compute_logits` turns them into members' logits and fuses
 those. So everything that vLLM does after the logits (sampling, log-probabilities, structured output, verification of
-drafts) sees the fused law.
+drafts) sees the fused distribution.
 """
 
 import copy

@@ -47,8 +47,8 @@ class ServingPlan:
     bodies      each distinct model once, the strong one first
     body_of     for strong, base and each expert: its place in `bodies`; for a drafter: for each of its members
     vocabulary  which ids are fused, and what members read and score for them
-    drafter     set where the directory is that of a drafter (see `drafting`): it answers with its own law, not the
-                fused one, and only its members are run
+    drafter     set where the directory is that of a drafter (see `drafting`): it answers with its own distribution,
+                not the fused one, and only its members are run
     """
 
     bodies: tuple[Body, ...]
@@ -74,17 +74,17 @@ def make_plan(config: FusedConfig, directory: Path) -> ServingPlan:
     strong, base, experts = saving.references_of(config)
     strategy = strategy_from_dict(config.strategy or {}, tuple(experts))
     drafter = _drafter_of(config, strategy)
-    keys = {"strong": "strong", "base": "base", **{name: f"expert_{place}" for place, name in enumerate(experts)}}
+    keys = {"strong": "strong", "base": "base", **{name: f"expert_{index}" for index, name in enumerate(experts)}}
     named = {"strong": strong, "base": base, **experts}
-    places = {name: _locate(name, reference, directory) for name, reference in named.items()}
-    under = {name: _without_adapter(name, places[name]) for name in ("strong", "base")}
+    paths = {name: _locate(name, reference, directory) for name, reference in named.items()}
+    under = {name: _without_adapter(name, paths[name]) for name in ("strong", "base")}
     vocabulary = FusedVocabulary.from_dict(config.vocab_size, config.vocabulary)
     bodies: dict[tuple[Path, Path | None, str], Body] = {}
     body_of = []
     for name in named if drafter is None else drafter.members:
-        place = places[name]
+        path = paths[name]
         # An expert's adapter sits on the base model, without the adapter that the base itself may be.
-        weights, adapter = (under.get(name, under["base"]), place) if checkpoint.is_adapter(place) else (place, None)
+        weights, adapter = (under.get(name, under["base"]), path) if checkpoint.is_adapter(path) else (path, None)
         _refuse_quantized(name, weights)
         # A model whose ids stand for other tokens in another member is read twice.
         key = (weights, adapter, vocabulary.key(name))
@@ -103,16 +103,16 @@ def _drafter_of(config: FusedConfig, strategy: Strategy) -> Drafter | None:
 
 
 def _locate(name: str, reference: references.Reference, directory: Path) -> Path:
-    found, place = references.locate(reference, beside=directory)
-    checkpoint.check_directory(place)
-    references.check_digest(name, found, place)
-    if place.is_file():
+    found, path = references.locate(reference, beside=directory)
+    checkpoint.check_directory(path)
+    references.check_digest(name, found, path)
+    if path.is_file():
         raise UnreadableModel(
-            f"member '{name}' is a GGUF file ('{place}').",
+            f"member '{name}' is a GGUF file ('{path}').",
             "vLLM's engine reads members from directories of safetensors.",
             "take the member's safetensors, or use the transformers engine.",
         )
-    return place
+    return path
 
 
 def _refuse_own_prompts(config: FusedConfig) -> None:
@@ -125,9 +125,9 @@ def _refuse_own_prompts(config: FusedConfig) -> None:
         )
 
 
-def _without_adapter(name: str, place: Path) -> Path:
+def _without_adapter(name: str, path: Path) -> Path:
     """The model of a strong or base member: its directory, or the one that its adapter names."""
-    return adapter_base(name, place) if checkpoint.is_adapter(place) else place
+    return adapter_base(name, path) if checkpoint.is_adapter(path) else path
 
 
 def _refuse_quantized(name: str, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Speculation in vLLM: a small member drafts, the fused model verifies, and the output law stays the fused one.
+"""Speculation in vLLM: a small member drafts, the fused model verifies, and texts keep the fused distribution.
 
     LLM(directory, speculative_config=speculative_config(directory, "math"))
 
@@ -56,18 +56,18 @@ def speculative_config(directory: str | os.PathLike[str], member: str, tokens: i
     tokens    how many a draft has
     raises    UnknownName; BadSetting for a length out of range; what `make_plan` raises
     """
-    place = Path(os.fspath(directory))
-    config = saving.read_config(place)
+    path = Path(os.fspath(directory))
+    config = saving.read_config(path)
     _, _, experts = saving.references_of(config)
     member = Plan(tokens, member).check(tuple(experts)).draft
     if tokens == 0:
         raise BadSetting("a draft has 0 tokens.", f"Expected: 1 to {LONGEST}.", f"pass tokens={FIRST}.")
     if member == PROMPT:
         return _told("ngram", tokens, prompt_lookup_max=NGRAM, prompt_lookup_min=LEAST_NGRAM)
-    rule = _settled(member, place, config)
-    # Drafts are the drafter's likeliest tokens. Drawn from its law ("draft_sample_method": "probabilistic") they would
-    # stand more often where requests sample, but vLLM 0.32 draws them without the requests' seeds.
-    return _told("draft_model", tokens, model=str(drafter_directory(place, rule)))
+    rule = _settled(member, path, config)
+    # Drafts are the drafter's likeliest tokens. With "draft_sample_method": "probabilistic" they would be accepted more
+    # often where requests sample, but vLLM 0.32 draws them without the requests' seeds.
+    return _told("draft_model", tokens, model=str(drafter_directory(path, rule)))
 
 
 def _told(method: str, tokens: int, **more: Any) -> dict[str, Any]:
@@ -92,18 +92,18 @@ def translated(
     where the cache cannot hold a drafter; as drafters "auto" and "recent" stand for the first expert, full ones before
     adapters.
     """
-    place = Path(os.fspath(directory))
-    config = saving.read_config(place)
+    path = Path(os.fspath(directory))
+    config = saving.read_config(path)
     _, _, experts = saving.references_of(config)
     chosen = Plan(
         config.speculate if speculate is None else speculate, config.speculate_draft if draft is None else draft
     ).check(tuple(experts))
     if chosen.speculate == 0:
         return Speculation(None, "Nobody drafts: speculate is 0.")
-    rule = _settled(chosen.draft, place, config)
+    rule = _settled(chosen.draft, path, config)
     if chosen.speculate == AUTO:
-        bodies = [body.directory for body in make_plan(config, place).bodies]  # once: it looks at every member's file
-        why_not = _why_not_pay(bodies[0], place, config, rule)
+        bodies = [body.directory for body in make_plan(config, path).bodies]  # once: it looks at every member's file
+        why_not = _why_not_pay(bodies[0], path, config, rule)
         if why_not is None and not are_windows_masks:
             why_not = _why_not_can(bodies, rule)
         if why_not is not None:
@@ -113,7 +113,7 @@ def translated(
     is_ours = chosen.draft in (CHEAPEST, RECENT)
     instead = f", in the place of '{chosen.draft}': vLLM keeps one drafter" if is_ours else ""
     try:
-        told = speculative_config(place, rule, tokens)
+        told = speculative_config(path, rule, tokens)
     except UnwritableCache as error:
         if chosen.speculate != AUTO:
             raise
@@ -121,18 +121,18 @@ def translated(
     return Speculation(told, f"{who} {tokens} tokens at a time{instead}.")
 
 
-def _settled(rule: str, place: Path, config: FusedConfig) -> str:
+def _settled(rule: str, path: Path, config: FusedConfig) -> str:
     """A rule that holds while the engine runs: "auto" and "recent" become the first full expert, or adapter."""
     if rule not in (CHEAPEST, RECENT):
         return rule
     _, _, experts = saving.references_of(config)
-    full = [name for name, part in experts.items() if not checkpoint.is_adapter(references.locate(part, place)[1])]
+    full = [name for name, part in experts.items() if not checkpoint.is_adapter(references.locate(part, path)[1])]
     return next(iter((*full, *experts, "base")))
 
 
-def _why_not_pay(strong: Path, place: Path, config: FusedConfig, rule: str) -> str | None:
+def _why_not_pay(strong: Path, path: Path, config: FusedConfig, rule: str) -> str | None:
     """Why drafts cannot pay, judged by what one token costs the members; None when they may."""
-    return too_small(_bytes(strong), 0 if rule == PROMPT else sum(map(_bytes, _read_by(place, config, rule))))
+    return too_small(_bytes(strong), 0 if rule == PROMPT else sum(map(_bytes, _read_by(path, config, rule))))
 
 
 def _why_not_can(bodies: Sequence[Path], rule: str) -> str | None:
@@ -163,8 +163,8 @@ def is_least_kept_too_long(least: int | None, most: int | None) -> bool:
     return (least or 0) > 1 and least != most
 
 
-def _read_by(place: Path, config: FusedConfig, rule: str) -> list[Path]:
-    return [body.directory for body in _drafting_plan(place, config, rule).bodies]
+def _read_by(path: Path, config: FusedConfig, rule: str) -> list[Path]:
+    return [body.directory for body in _drafting_plan(path, config, rule).bodies]
 
 
 def _bytes(directory: Path) -> int:
@@ -172,8 +172,8 @@ def _bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.weight_files(directory))
 
 
-def _drafting_plan(place: Path, config: FusedConfig, rule: str) -> ServingPlan:
-    return make_plan(FusedConfig(**config.to_dict() | {DRAFTER: rule}), place)
+def _drafting_plan(path: Path, config: FusedConfig, rule: str) -> ServingPlan:
+    return make_plan(FusedConfig(**config.to_dict() | {DRAFTER: rule}), path)
 
 
 def drafter_directory(directory: Path, rule: str) -> Path:

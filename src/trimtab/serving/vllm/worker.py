@@ -47,15 +47,15 @@ class SteeringWorker:
         steering = self.model_runner.get_model().steering
         return steering.histograms.to_dict() if steering is not None else {}
 
-    def trimtab_traces(self, places: Sequence[tuple[str, int, int]]) -> list[list[dict[str, Any]]]:
+    def trimtab_traces(self, indices: Sequence[tuple[str, int, int]]) -> list[list[dict[str, Any]]]:
         """The steps kept of some choices, each from a position on.
 
         places   (key that a request was given, number of its choice, position) of each
         """
         steering = self.model_runner.get_model().steering
         if steering is None:
-            return [[] for _ in places]
-        return [steering.traces.steps(TraceKey(request, choice), start) for request, choice, start in places]
+            return [[] for _ in indices]
+        return [steering.traces.steps(TraceKey(request, choice), start) for request, choice, start in indices]
 
 
 class BatchRows:
@@ -97,34 +97,34 @@ class BatchRows:
         """Owners of the rows that are about to be fused."""
         rows = hidden_states.shape[0]
         if self._sampled is not None and len(self._sampled) == rows:
-            places, self._sampled = self._sampled, None
-            return self._of_sampled(places)
+            indices, self._sampled = self._sampled, None
+            return self._of_sampled(indices)
         return self._of_prompt(hidden_states) if self._indices is not None else None
 
-    def _of_sampled(self, places: np.ndarray) -> RowOwners:
+    def _of_sampled(self, indices: np.ndarray) -> RowOwners:
         batch = self.runner.input_batch
         ids = batch.req_ids
         settings = [self._settings(id_) for id_ in ids[: batch.num_reqs]]
         is_partial = self.runner.discard_request_mask.np  # the prompt is not read to its end: nothing is sampled
         keys = [
-            None if asked.trace is None or is_partial[place] else key_of(asked.trace, ids[place])
-            for place, asked in enumerate(settings)
+            None if asked.trace is None or is_partial[index] else key_of(asked.trace, ids[index])
+            for index, asked in enumerate(settings)
         ]
         has_keys = any(key is not None for key in keys)
-        positions: Sequence[int] = self.runner.positions[self._indices].tolist() if has_keys else [0] * len(places)
+        positions: Sequence[int] = self.runner.positions[self._indices].tolist() if has_keys else [0] * len(indices)
         return RowOwners(
-            [settings[place] for place in places],
-            [keys[place] for place in places],
+            [settings[index] for index in indices],
+            [keys[index] for index in indices],
             positions,
-            [not is_partial[place] for place in places],
+            [not is_partial[index] for index in indices],
         )
 
     def _of_prompt(self, hidden_states: Tensor) -> RowOwners:
         rows, first = hidden_states.shape[0], hidden_states.storage_offset() // hidden_states.stride(0)
         batch = self.runner.input_batch
         ends = self.runner.query_start_loc.np[1 : batch.num_reqs + 1]
-        place = int(np.searchsorted(ends, first, side="right"))
-        asked = self._settings(batch.req_ids[place])
+        index = int(np.searchsorted(ends, first, side="right"))
+        asked = self._settings(batch.req_ids[index])
         return RowOwners([asked] * rows, [None] * rows, [0] * rows, [False] * rows)
 
     def _settings(self, request: str) -> RequestSettings:

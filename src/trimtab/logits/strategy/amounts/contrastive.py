@@ -47,7 +47,7 @@ class Contrastive(Amount):
     )
 
     def joint_log_probs(self, step: Step) -> Float[Tensor, "batch vocab"]:
-        """The contrasted law; the experts are not looked at."""
+        """The contrasted distribution; the experts are not looked at."""
         floor = step.strong.amax(dim=-1, keepdim=True) + (
             math.log(self.plausibility) if self.plausibility else -math.inf
         )
