@@ -139,7 +139,7 @@ def test_eval_scores_the_same_with_and_without_drafts_and_says_what_they_did(run
     assert none["reasons"] == {"speculate is 0": 4}
     assert none["drafted"] == 0
     shown = run(*words, "--speculate", "4").out
-    assert f"drafts: {done['accepted']} of {done['drafted']} tokens stood, in {done['rounds']} rounds" in shown
+    assert f"drafts: {done['accepted']} of {done['drafted']} tokens were accepted, in {done['rounds']} rounds" in shown
     assert "drafts: none (speculate is 0)" in run(*words, "--speculate", "0").out
     assert "drafts:" not in run("eval", *members, "--tasks", "truth", "--limit", "2").out
 

@@ -230,7 +230,7 @@ class _Batch:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What must be the same for a run to be gone on with."""
+        """What must match for a run to be resumed."""
         return about(self.rows, self.key)
 
     @property

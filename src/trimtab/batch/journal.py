@@ -1,6 +1,6 @@
 """Finished rows on disk: an append-only file beside the output, one line per row, that survives kill -9.
 
-The first line says what the run is; a run can be gone on with only where it is the same. A last line that a crash tore
+The first line says what the run is; a run can be resumed only if it is the same. A last line that a crash tore
 is dropped: its row is done again. The file is locked while a run writes it.
 """
 
@@ -146,7 +146,7 @@ class Journal:
 def open_journal(path: Path, about: Mapping[str, Any], mode: Mode = "new") -> Journal:
     """The journal of a run, locked.
 
-    about     what the run is: a run may only be gone on with where all of it is the same
+    about     what the run is: a run is resumed only if all of it is the same
     mode      "new": there must be none yet; "resume": goes on with what is there, or starts one; "force": starts anew
     raises    InputError where there is one already, it is another run's, or another process writes it
     """
@@ -213,7 +213,7 @@ def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any])
         differing = "; ".join(f"{name} was {_shown(found, name)}, is {_shown(wanted, name)}" for name in names)
         raise InputError(
             f"{path} belongs to another run: {differing}.",
-            "A run is gone on with only where input, model and settings are the same.",
+            "A run is resumed only with the same input, model and settings.",
             "run with what it was started with, or pass --force to start anew.",
         )
 

@@ -208,7 +208,7 @@ def _ray(asked: OnRay) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raises TrimtabError where nobody listens at HOST:PORT: Ray itself would try for many minutes, in silence."""
+    """Raises TrimtabError if no server listens at HOST:PORT: Ray itself would try for many minutes, in silence."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return  # "auto", say: Ray looks for the address

@@ -30,7 +30,7 @@ class Written:
     num_tokens      generated ones, the end included
     finish_reason   "stop" or "length"
     stop_reason     the stop text or the stop token that ended it; None otherwise
-    scores          one per generated token; None where nobody asked
+    scores          one per generated token; None if not asked for
     """
 
     text: str

@@ -82,7 +82,7 @@ def add_prompting(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="a variable of the chat template, such as enable_thinking=false; JSON where it is some, else a text",
+        help="a variable of the chat template, such as enable_thinking=false; read as JSON if possible, else as text",
     )
 
 
@@ -372,4 +372,4 @@ def _drafts(speculation: Mapping[str, Any]) -> str:
     if not speculation["drafted_in"]:
         return f"drafts: none ({'; '.join(speculation['reasons'])})"
     stood, drafted = speculation["accepted"], speculation["drafted"]
-    return f"drafts: {stood} of {drafted} tokens stood, in {speculation['rounds']} rounds"
+    return f"drafts: {stood} of {drafted} tokens were accepted, in {speculation['rounds']} rounds"

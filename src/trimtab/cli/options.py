@@ -84,7 +84,7 @@ def add_directory(parser: argparse.ArgumentParser) -> None:
 
 def add_speculation(parser: argparse.ArgumentParser) -> None:
     """--speculate and --draft: small members write ahead, all members verify at once."""
-    group = parser.add_argument_group("speed", "the distribution of the output is the same with and without drafts")
+    group = parser.add_argument_group("speed", "drafts change the speed, not the distribution of the text")
     group.add_argument(
         "--speculate",
         metavar="auto|N",

@@ -33,13 +33,13 @@ def add_conversation(parser: argparse.ArgumentParser, is_always: bool = False) -
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="a variable of the chat template, such as enable_thinking=false; JSON where it is some, else a text",
+        help="a variable of the chat template, such as enable_thinking=false; read as JSON if possible, else as text",
     )
     if not is_always:
         group.add_argument(
             "--continue-final-message",
             action="store_true",
-            help="go on with the last message of a conversation; an assistant's is continued anyway",
+            help="continue the last message of a conversation; an assistant's is always continued",
         )
 
 

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests under way at once; more are told 503; 0: any number",
     )
-    drafts = parser.add_argument_group("speed", "the distribution of the output is the same with and without drafts")
+    drafts = parser.add_argument_group("speed", "drafts change the speed, not the distribution of the text")
     drafts.add_argument(
         "--speculate",
         metavar="auto|N",

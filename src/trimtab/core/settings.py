@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from trimtab.core.errors import BadSetting, InputError, UnknownName, unknown_name
 
-REQUIRED: Any = MISSING  # the default of a setting that has none: whoever makes the method must say it
+REQUIRED: Any = MISSING  # the default of a setting that has none: the caller must set it
 Made = TypeVar("Made", bound="Configurable")
 
 

@@ -19,7 +19,7 @@ class FusedConfig(PreTrainedConfig):  # type: ignore[misc]
                             members have the same
     token_map               {member: {its token: the strong model's}}, special tokens that were renamed
     special_tokens          "strong": ids of special tokens mean what they mean in the strong model
-    max_position_embeddings  tokens that the member of the shortest context can read; None: nobody sets a limit
+    max_position_embeddings  tokens that the member of the shortest context can read; None: no limit
     """
 
     model_type = "trimtab"

@@ -184,8 +184,8 @@ class FusedGenerationMixin(GenerationMixin):  # type: ignore[misc]
         call = _UNDER_WAY.get()
         if call is None or call[0] is not self:
             raise BadSetting(
-                "nobody has said how this generation is to be speculated.",
-                "The loop over tokens is no entrance: `generate` reads the settings and checks the prompt before it.",
+                "`_sample` was called directly.",
+                "`generate` prepares the prompt and the settings of drafts.",
                 "call generate(...) of the fused model.",
             )
         return call[1]

@@ -272,7 +272,7 @@ class MemberLoader:
         return self._models[key]
 
     def _fresh(self, name: str, reference: Reference, directory: Path) -> Any:
-        """A model that nobody else holds."""
+        """A model of its own, shared with no other member."""
         placement = self._placement
         dtype, device, quantized = (
             placement.dtype_of(name, reference),

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.core.errors import MemberMismatch
+from trimtab.models.locks import model_lock
 
 PROBE_TOKENS = 8
 # The same computation in the same shapes may differ by so much of the largest logit: what two roundings move it.
@@ -47,7 +48,8 @@ def own_logits(name: str, model: Any) -> Float[Tensor, "1 time rows"]:
     """
     device = next(model.parameters()).device
     try:
-        logits = model(input_ids=probe_ids(inner_model(model)).to(device), use_cache=False).logits
+        with model_lock(inner_model(model)):  # another fused model may be reading it with other forwards
+            logits = model(input_ids=probe_ids(inner_model(model)).to(device), use_cache=False).logits
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise MemberMismatch(
             f"member '{name}' ({type(model).__name__}) does not compute on tokens alone: {_last_line(error)}",

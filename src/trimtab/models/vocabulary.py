@@ -241,7 +241,7 @@ def _common_rows(members: Mapping[str, MemberTokens]) -> int:
         sizes = ", ".join(f"'{name}' {member.rows}" for name, member in members.items())
         raise VocabularyMismatch(
             f"the members score different numbers of tokens: {sizes}.",
-            "Without a tokenizer nobody knows which of them are padding.",
+            "Without a tokenizer, padding rows cannot be told from tokens.",
             "pass tokenizer=..., so that padding rows can be cut.",
         )
     return next(iter(members.values())).rows

@@ -551,12 +551,12 @@ def test_forwards_put_into_modules_keep_members_apart_or_are_refused(tmp_path, k
     ids, body = torch.tensor([[7, 8]]), model.members.base.model
     before = model(ids).logits
     forward, _ = patch(body.get_submodule(place))
-    with pytest.raises(BadSetting, match=r"(?s)has forwards that somebody has put into single mod.*one_pass=False"):
+    with pytest.raises(BadSetting, match=r"(?s)has forwards that another library replaced.*one_pass=False"):
         model(ids)
     assert vars(body.get_submodule(place))["forward"] is forward
     model.one_pass = "auto"
-    assert "it has forwards that somebody has put" in model.reader.groups[1].reason
-    with pytest.raises(BadSetting, match="forwards that somebody has put into single modules"):
+    assert "it has forwards that another library replaced" in model.reader.groups[1].reason
+    with pytest.raises(BadSetting, match="forwards that another library replaced"):
         model.one_pass = True
     del body.get_submodule(place).forward
     model.one_pass = True

@@ -185,7 +185,7 @@ def test_a_call_within_a_call_has_its_own_plan():
 
 
 def test_the_loop_over_tokens_is_no_entrance(fused):
-    with pytest.raises(BadSetting, match=r"(?s)how this generation is to be speculated.*call generate"):
+    with pytest.raises(BadSetting, match=r"(?s)_sample` was called directly.*call generate"):
         fused._sample(torch.tensor([[5, 6]]), None, None, None)
 
 

@@ -30,7 +30,7 @@ class FusedCache(Cache):  # type: ignore[misc]
 
     @property
     def batch_size(self) -> int:
-        """Rows of the batch, as transformers means it: -1 while nobody knows."""
+        """Rows of the batch, as transformers means it: -1 before the first read."""
         seen = int(self.views[0].batch_size)
         return seen // len(self.runs[0]) if seen > 0 else seen
 

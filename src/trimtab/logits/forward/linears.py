@@ -85,7 +85,7 @@ def quick_linears(model: nn.Module) -> dict[nn.Module, PatchedForward]:
 
 
 def is_free(module: nn.Module) -> bool:
-    """Whether nobody else, such as accelerate, has put a forward of his own in this module's place."""
+    """True unless another library, such as accelerate, has replaced this module's forward."""
     return isinstance(vars(module).get("forward"), PatchedForward | None)  # another thread may be reading just now
 
 
@@ -103,11 +103,11 @@ class ForwardHooks:
         if any(self._hooks):
             return "forward hooks"
         if any("forward" in vars(module) and not is_free(module) for module in self._modules):
-            return "forwards that somebody has put into single modules"
+            return "forwards that another library replaced"
         return ""
 
     def check(self) -> None:
-        """Raises BadSetting when there is somebody: he would meet the rows of several runs at once, or none."""
+        """Raises BadSetting if there are any: they would meet the rows of several members at once, or none."""
         if found := self.finding:
             raise BadSetting(
                 f"a small member has {found}, but several are read in one forward.",
@@ -129,7 +129,7 @@ def changed(reason: str) -> BadSetting:
 def patched(forwards: Mapping[nn.Module, PatchedForward]) -> Iterator[None]:
     """Modules compute with these forwards within the block, and are as they were after it; see `turns` for threads.
 
-    A module into which somebody else has put a forward in the meantime keeps that one.
+    A module whose forward another library replaced in the meantime keeps that one.
     """
     taken = {module: forward for module, forward in forwards.items() if is_free(module)}
     for module, forward in taken.items():

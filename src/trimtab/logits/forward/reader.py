@@ -104,7 +104,7 @@ class Reader:
 
     @property
     def is_one_forward(self) -> bool:
-        """Whether base and experts are read together, whoever of them drafts."""
+        """Whether base and experts are read together, whichever of them drafts."""
         return len(self.groups_of(("base", *self._members.experts))) == 1
 
     def new_cache(self, own: OwnPrompts | None = None, max_tokens: int | None = None) -> FusedCache:

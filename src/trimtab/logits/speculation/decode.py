@@ -261,7 +261,7 @@ class SpeculativeDecoder:
         return Draft(ids, lengths, self._reach(lengths, ids), scores)
 
     def _reach(self, reach: Tensor, ids: Tensor, start: int = 0) -> Tensor:
-        """`Rows.within`, where a processor needs to know; criteria are asked for nobody else."""
+        """`Rows.within`, where a processor needs to know; criteria are asked for no other row."""
         return self._rows.within(reach, ids, start) if self._scorer.is_choosy else reach
 
     def _until_ends(self, ids: Tensor) -> list[int]:
@@ -384,7 +384,7 @@ class SpeculativeDecoder:
             report.drafters[drafter.name] += 1
 
     def _pairs(self, target: Target, new: Sequence[Sequence[int]]) -> list[list[tuple[Tensor, Tensor]]]:
-        """Scores and logits of the emitted tokens; nothing where nobody asked."""
+        """Scores and logits of the emitted tokens; nothing if not asked for."""
         if self._rows.scores is None:
             return []
         return [

@@ -82,7 +82,7 @@ def check_rule(rule: str, expert_names: Sequence[str]) -> None:
 def settled(rule: str, strategy: Strategy, expert_names: Sequence[str], is_one_forward: bool) -> str:
     """The rule that "auto" stands for; any other as it is.
 
-    is_one_forward   whether base and experts are read together, whoever drafts
+    is_one_forward   whether base and experts are read together, whichever drafts
     """
     if rule != CHEAPEST:
         return rule

@@ -137,6 +137,6 @@ def refuse(reason: str, speculate: str | int) -> BadSetting:
     """The error for drafts that were asked for by number where there can be none."""
     return BadSetting(
         f"speculate={speculate} cannot be: {reason}.",
-        "Drafts need a pure distribution per position and caches that can be cropped.",
+        "Drafts need a distribution that depends on its position alone, and caches that can be cropped.",
         'pass speculate=0, or speculate="auto", which does without drafts here and says so.',
     )

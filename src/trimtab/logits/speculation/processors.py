@@ -65,7 +65,7 @@ class Scorer:
 
     places    [row] of the call's batch that each row stands at: some processors go by it
     batch     rows of the call's batch
-    ends      tokens that end a text: nobody is asked about positions behind one
+    ends      tokens that end a text: processors are not called on positions after one
 
     is_choosy   whether a processor may have no answer to a text that cannot come; `reach` then has to be exact
     """

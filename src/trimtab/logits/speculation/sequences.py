@@ -108,7 +108,7 @@ class Rows:
         """Appends each active row's new tokens up to where it ends.
 
         tokens    per active row
-        distributions      per active row and token its scores and logits; empty where nobody asked for them
+        distributions      per active row and token its scores and logits; empty if not asked for
         returns   which of the active rows go on, as places among them
         """
         going = []

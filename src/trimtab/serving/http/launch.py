@@ -98,7 +98,7 @@ def check_members(settings: ServeSettings, config: FusedConfig) -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise when nobody could listen there."""
+    """Raise when the address is taken or does not exist."""
     if not 1 <= port <= 65535:
         raise BadSetting(f"the port is {port}.", "Expected: 1 to 65535.", f"for example --port {PORT}.")
     try:
@@ -108,7 +108,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise InputError(
-            f"nobody can listen at {host}, port {port}: {error.strerror or error}.",
+            f"the server cannot listen at {host}, port {port}: {error.strerror or error}.",
             "Another server may run there.",
             "choose another: --port N, --host ADDRESS.",
         ) from error
