@@ -181,7 +181,7 @@ def test_a_law_that_breaks_where_the_text_comes_is_told_of_at_its_step(fused, me
             new_tokens(model, MANY[0], speculate=drafts, speculate_draft=draft)
         found.append(str(error.value))
     assert found[0] == found[1]
-    assert f"member '{member}' gave logits that are NaN or make no law, at step {at + 2} of" in found[0]
+    assert f"member '{member}' gave logits that are NaN or make no distribution, at step {at + 2} of" in found[0]
     assert model.last_speculation.emitted == at + 1  # what came before is counted
 
 
