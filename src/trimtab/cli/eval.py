@@ -77,13 +77,7 @@ def add_prompting(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="arguments of generate, such as temperature=0.8,do_sample=true; also JSON",
     )
-    group.add_argument(
-        "--template-arg",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="a variable of the chat template, such as enable_thinking=false; read as JSON if possible, else as text",
-    )
+    prompting.add_template_arguments(group)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,17 @@ ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
 Prompt = str | list[dict[str, Any]]  # a text, or a conversation
 
 
+def add_template_arguments(group: Any) -> None:
+    """--template-arg, for an option group of any command that renders conversations."""
+    group.add_argument(
+        "--template-arg",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a variable of the chat template, such as enable_thinking=false; read as JSON if possible, else as text",
+    )
+
+
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     """PROMPT arguments, and --escapes."""
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to continue, read as it is")
@@ -28,13 +39,7 @@ def add_conversation(parser: argparse.ArgumentParser, is_always: bool = False) -
         group.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
     group.add_argument("--system", metavar="TEXT", help="a system message that opens every conversation")
     group.add_argument("--tools", metavar="FILE", type=Path, help="tools that the model may call: a JSON list")
-    group.add_argument(
-        "--template-arg",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="a variable of the chat template, such as enable_thinking=false; read as JSON if possible, else as text",
-    )
+    add_template_arguments(group)
     if not is_always:
         group.add_argument(
             "--continue-final-message",
